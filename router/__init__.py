@@ -1,0 +1,1 @@
+"""Decides and streams: HTTP and NATS front, scheduler, streams."""

@@ -1,0 +1,1 @@
+"""Does the work: jobs, engines, KV pool, hand-off, transfers."""

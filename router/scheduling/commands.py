@@ -1,0 +1,130 @@
+"""What the scheduler wants done. Imperatives; the driver runs them in order and never decides."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from protocol.errors import Outcome
+from protocol.handoff import KvHandle
+
+Cause = str
+"""A few words joined by `_`: the metric label that says why."""
+
+EndLeg = Literal["queue", "prefill", "transfer", "decode", "request"]
+
+
+@dataclass(frozen=True, slots=True)
+class StartPrefill:
+    """Send a prefill job; prompt, sampling and output so far are the driver's."""
+
+    attempt: int
+    choice: str
+    worker: str
+    incarnation: str
+
+
+@dataclass(frozen=True, slots=True)
+class StartDecode:
+    """Send a decode job; without a handle the worker prefills for itself."""
+
+    attempt: int
+    choice: str
+    worker: str
+    incarnation: str
+    handle: KvHandle | None
+
+
+@dataclass(frozen=True, slots=True)
+class CancelAttempt:
+    """Tell the worker to stop; from now on nothing of this attempt changes anything."""
+
+    attempt: int
+    worker: str
+    incarnation: str
+
+
+@dataclass(frozen=True, slots=True)
+class ForgetAttempt:
+    """Its outcome has arrived: the worker may forget it (`Done`), and so may the driver."""
+
+    attempt: int
+    worker: str
+    incarnation: str
+
+
+@dataclass(frozen=True, slots=True)
+class AskReplay:
+    """Ask the same worker for the attempt's state and its tokens from where the stream is."""
+
+    attempt: int
+    worker: str
+    incarnation: str
+
+
+@dataclass(frozen=True, slots=True)
+class RenewHandles:
+    worker: str
+    incarnation: str
+    handle_ids: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseHandle:
+    worker: str
+    incarnation: str
+    handle_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class AskKvSnapshot:
+    worker: str
+    incarnation: str
+
+
+@dataclass(frozen=True, slots=True)
+class EndChoice:
+    """The choice ends, exactly once. `completed` follows an `Ended` or `Prefilled(ended=True)`."""
+
+    choice: str
+    outcome: Outcome
+    leg: EndLeg
+    code: str
+    """OpenAI error code (`router.outcomes` maps it to a status); empty if completed."""
+    message: str = ""
+    retry_after_s: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """Something worth counting and one log line: replay, retry, resume, local_prefill, suspect,
+    preempted queue, worker_live, worker_silent, ..."""
+
+    kind: Literal[
+        "replay",
+        "retry",
+        "resume",
+        "local_prefill",
+        "suspected",
+        "live",
+        "silent",
+        "gone",
+        "removed",
+        "late",
+    ]
+    cause: Cause
+    worker: str = ""
+    choice: str = ""
+
+
+Command = (
+    StartPrefill
+    | StartDecode
+    | CancelAttempt
+    | ForgetAttempt
+    | AskReplay
+    | RenewHandles
+    | ReleaseHandle
+    | AskKvSnapshot
+    | EndChoice
+    | Note
+)
