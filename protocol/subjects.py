@@ -5,7 +5,8 @@
 | `baton.<ns>.api.<endpoint>` | client -> any router (queue group) |
 | `baton.<ns>.jobs.<worker>.<incarnation>` | router -> worker |
 | `baton.<ns>.out.<router>.<worker>` | worker -> router |
-| `baton.<ns>.out.<router>.gone.<worker>` | bus -> router: nobody listens on its jobs |
+| `baton.<ns>.out.<router>.gone.<worker>.<incarnation>` | bus -> router: nobody listens there |
+| `baton.<ns>.out.<router>.client.<token>` | bus -> router: that NATS client has gone |
 | `baton.<ns>.events.<worker>` | worker -> all routers |
 | `baton.<ns>.routers` | router -> all |
 """
@@ -17,6 +18,7 @@ from protocol.ids import is_name
 
 _ROOT: Final = "baton"
 _GONE: Final = "gone"
+_CLIENT: Final = "client"
 
 
 class Subjects:
@@ -49,16 +51,30 @@ class Subjects:
         """Everything said to this router, `gone` included."""
         return f"{self._prefix}.out.{_checked(router)}.>"
 
-    def gone(self, router: str, worker: str) -> str:
-        return f"{self._prefix}.out.{_checked(router)}.{_GONE}.{_checked(worker)}"
+    def gone(self, router: str, worker: str, incarnation: str) -> str:
+        head = f"{self._prefix}.out.{_checked(router)}.{_GONE}"
+        return f"{head}.{_checked(worker)}.{_checked(incarnation)}"
 
-    def gone_worker(self, subject: str) -> str | None:
-        """The worker named in a `gone` subject; None for any other subject."""
+    def gone_worker(self, subject: str) -> tuple[str, str] | None:
+        """Worker and incarnation named in a `gone` subject; None for any other subject."""
         parts = subject.split(".")
-        return parts[5] if len(parts) == 6 and parts[4] == _GONE else None
+        return (parts[5], parts[6]) if len(parts) == 7 and parts[4] == _GONE else None
+
+    def client(self, router: str, token: str) -> str:
+        """Reply subject of chunks to a NATS client: tells the router that it stopped listening."""
+        return f"{self._prefix}.out.{_checked(router)}.{_CLIENT}.{_checked(token)}"
+
+    def client_of(self, subject: str) -> str:
+        """The token of a `client` subject; empty for any other subject."""
+        parts = subject.split(".")
+        return parts[5] if len(parts) == 6 and parts[4] == _CLIENT else ""
 
     def events(self, worker: str) -> str:
         return f"{self._prefix}.events.{_checked(worker)}"
+
+    def events_or_none(self, worker: str) -> str | None:
+        """As `events`, for a name that came over the wire: None if it is no name."""
+        return f"{self._prefix}.events.{worker}" if is_name(worker) else None
 
 
 def _checked(name: str) -> str:

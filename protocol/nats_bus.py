@@ -1,0 +1,352 @@
+"""The bus port on a NATS server. The only file that knows nats-py.
+
+What nats-py leaves to us, and where it is done:
+- Its connection closes for good on some server errors (revoked credentials): `_keep_open` makes a
+  new one, for ever.
+- A frozen server blocks its socket, and then its own reconnect: `_Wire` leaves sockets at once.
+- A `flush` that times out kills the connection when the answer comes late: we wait for a message
+  to our own inbox instead.
+- Its outbound bound suspends the publisher after the message was taken: we check before.
+"""
+
+import asyncio
+import logging
+import ssl
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from dataclasses import dataclass, field
+from itertools import count
+from secrets import token_hex
+from typing import Any, Final
+
+from nats import errors
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription as NativeSubscription
+from nats.aio.transport import TcpTransport
+
+from protocol.bus import BusEvent, Callback, Message
+from protocol.delivery import Grumbler, Inlet, Notices, Requests
+from protocol.errors import BusError, BusOverflow, BusTimeout, ConfigError, LocalError
+from protocol.fragments import header_bytes, split
+from protocol.nats_config import NatsConfig as NatsConfig
+from protocol.nats_config import connect_options, place
+
+_log: Final = logging.getLogger("baton.bus")
+_PROTOCOL_LINE: Final = 64
+"""What a PUB line takes beside subject and reply, generously."""
+
+
+@dataclass(slots=True, eq=False)
+class _Subscription:
+    """What was subscribed, so that it can be again on another connection."""
+
+    inlet: Inlet
+    queue: str
+    max_pending: int
+    max_pending_bytes: int
+    forget: Callable[["_Subscription"], None]
+    client: Client | None = None
+    native: NativeSubscription | None = field(default=None)
+
+    async def close(self) -> None:
+        self.inlet.close()
+        self.forget(self)
+        native, self.native = self.native, None
+        if native is not None:
+            try:
+                await native.unsubscribe()
+            except (errors.Error, OSError):
+                pass  # The connection is closed, and the subscription with it.
+
+
+class NatsBus:
+    """See `protocol.bus.Bus`. Belongs to one event loop; `start` it before anything else."""
+
+    def __init__(self, config: NatsConfig) -> None:
+        self._config = config
+        self._notices = Notices()
+        self._requests = Requests(f"{config.inbox_prefix}.{token_hex(8)}")
+        self._subscriptions: set[_Subscription] = set()
+        self._client: Client | None = None
+        self._wire: _Wire | None = None
+        self._keeper: asyncio.Task[None] | None = None
+        self._up = False
+        self._closed = False
+        self._grumbler = Grumbler()
+        self._part_ids = (f"{token_hex(6)}.{number}" for number in count())
+
+    @property
+    def connected(self) -> bool:
+        return self._up and self._client is not None and self._client.is_connected
+
+    @property
+    def lost(self) -> int:
+        return self._notices.lost
+
+    def on_event(self, callback: Callable[[BusEvent], None]) -> None:
+        self._notices.on_event(callback)
+
+    async def start(self) -> None:
+        """As the port says. Raises ConfigError for what waiting cannot heal (missing files)."""
+        if self._keeper is not None or self._closed:
+            raise LocalError("a bus is started once")
+        await self.subscribe(self._requests.subject, self._requests.on_reply)
+        await self._open()
+        self._keeper = asyncio.create_task(self._keep_open(), name="bus-keeper")
+
+    def publish(
+        self,
+        subject: str,
+        payload: bytes,
+        *,
+        reply: str = "",
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        client = self._client
+        if self._closed:
+            raise BusError("the bus is closed")
+        if client is None or client.is_closed:
+            raise BusOverflow("there is no connection, and no buffer until there is one")
+        size = len(payload) + header_bytes(headers)
+        if client.pending_data_size + size + _PROTOCOL_LINE > self._config.pending_bytes:
+            raise BusOverflow(f"{client.pending_data_size} bytes wait for the server")
+        if size <= client.max_payload:
+            _send(client, subject, payload, reply, headers)
+            return
+        parts = split(
+            payload, headers, max_payload=client.max_payload, part_id=next(self._part_ids)
+        )
+        for part, part_headers in parts:
+            _send(client, subject, part, reply, part_headers)
+            reply = ""
+
+    async def subscribe(
+        self,
+        subject: str,
+        callback: Callback,
+        *,
+        queue: str = "",
+        max_pending: int = 65_536,
+        max_pending_bytes: int = 256 << 20,
+    ) -> _Subscription:
+        """As the port says. While the server is there, it knows the subscription on return."""
+        if self._closed:
+            raise BusError("the bus is closed")
+        inlet = Inlet(subject, callback, self._notices, max_bytes=max_pending_bytes)
+        subscription = _Subscription(
+            inlet, queue, max_pending, max_pending_bytes, self._subscriptions.discard
+        )
+        self._subscriptions.add(subscription)
+        if self._client is not None:
+            await self._bind(subscription, self._client)
+            if self.connected:
+                try:
+                    await self.flush(timeout_s=self._config.connect_timeout_s)
+                except (BusTimeout, BusOverflow):
+                    pass  # The next connection will have it.
+        return subscription
+
+    async def request(self, subject: str, payload: bytes, *, timeout_s: float) -> Message:
+        return await self._requests.ask(self._publish, subject, payload, timeout_s)
+
+    async def flush(self, *, timeout_s: float) -> None:
+        await self._requests.echo(self._publish, timeout_s)
+
+    async def close(self) -> None:
+        if self._closed:
+            return
+        if self._keeper is not None:
+            self._keeper.cancel()
+            await asyncio.wait([self._keeper])
+        if self.connected:
+            try:
+                await self.flush(timeout_s=self._config.close_timeout_s)
+            except BusError:
+                _log.warning("bus closed without knowing that everything was sent")
+        self._closed = True
+        self._requests.fail_all(BusError("the bus is closed"))
+        for subscription in self._subscriptions:
+            subscription.inlet.close()
+        await self._leave()
+        self._up = False
+
+    def _publish(self, subject: str, payload: bytes, reply: str) -> None:
+        self.publish(subject, payload, reply=reply)
+
+    async def _open(self) -> None:
+        """Connect, for as long as it takes, and subscribe to everything again."""
+        await self._leave()
+        client = Client()
+        try:
+            options = connect_options(self._config)
+            self._wire = client._transport = _Wire(tls_only="tls" in options)
+            await client.connect(
+                error_cb=self._on_error,
+                disconnected_cb=self._on_down,
+                reconnected_cb=self._on_up,
+                **options,
+            )
+        except (errors.Error, OSError, ImportError, ValueError) as error:
+            raise ConfigError(f"bus: {error}") from error
+        except asyncio.CancelledError:
+            if self._wire is not None:
+                self._wire.abandon()
+            raise
+        self._client = client
+        for subscription in list(self._subscriptions):
+            await self._bind(subscription, client)
+        await self._on_up()
+
+    async def _leave(self) -> None:
+        """Drop the connection, whatever state it is in."""
+        client, self._client = self._client, None
+        if self._wire is not None:
+            self._wire.abandon()
+        if client is not None:
+            try:
+                async with asyncio.timeout(self._config.close_timeout_s):
+                    await client.close()
+            except (TimeoutError, OSError, errors.Error) as error:
+                _log.warning("bus: while closing: %r", error)
+            for _ in range(3):  # What nats-py has cancelled needs turns of the loop to end.
+                await asyncio.sleep(0)
+
+    async def _keep_open(self) -> None:
+        """nats-py reconnects by itself, but gives up on some errors. We do not."""
+        while True:
+            await asyncio.sleep(self._config.ping_interval_s)
+            if self._client is not None and not self._client.is_closed:
+                continue
+            await self._on_down()
+            try:
+                await self._open()
+            except ConfigError as error:
+                await self._on_error(error)
+
+    async def _bind(self, subscription: _Subscription, client: Client) -> None:
+        if subscription.client is client:
+            return
+        subscription.client = client
+        try:
+            subscription.native = await client.subscribe(
+                subscription.inlet.subject,
+                queue=subscription.queue,
+                cb=_receiver(subscription.inlet),
+                pending_msgs_limit=subscription.max_pending,
+                pending_bytes_limit=subscription.max_pending_bytes,
+            )
+        except errors.BadSubjectError:
+            self._subscriptions.discard(subscription)
+            raise LocalError(f"{subscription.inlet.subject!r} is no subject") from None
+        except errors.Error:
+            subscription.client = None  # Closed meanwhile: the next connection will have it.
+
+    async def _on_up(self) -> None:
+        if self._up or self._closed:
+            return
+        self._up = True
+        self._grumbler.reset()
+        url = self._client.connected_url if self._client is not None else None
+        _log.info("bus up: %s", url.netloc.rpartition("@")[2] if url is not None else "")
+        self._notices.emit(BusEvent("up"))
+
+    async def _on_down(self) -> None:
+        if not self._up or self._closed:
+            return
+        self._up = False
+        _log.warning("bus down; reconnecting")
+        self._notices.emit(BusEvent("down"))
+
+    async def _on_error(self, error: Exception) -> None:
+        """nats-py's word on anything that went wrong: slow subscriptions, failed attempts."""
+        if isinstance(error, errors.SlowConsumerError):
+            self._notices.report_lost(error.sub.subject, 1)
+            return
+        if self._closed:
+            return
+        text = str(error) or type(error).__name__
+        if "authorization violation" in text.lower():
+            text = "the server refuses our credentials"
+        where = ", ".join(map(place, self._config.urls))
+        self._grumbler.complain(f"bus at {where}: {text}", asyncio.get_running_loop().time())
+
+
+class _Wire(TcpTransport):
+    """nats-py's socket, made safe to leave and unable to speak plain text where TLS is asked for.
+
+    Leaving never waits: what a frozen server has not taken is thrown away. nats-py leaves a socket
+    only after a flush or when it is of no use any more, so nothing is lost that could be saved.
+    """
+
+    def __init__(self, *, tls_only: bool) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._tls_only = tls_only
+        self._secure = False
+        self._abandoned = False
+
+    async def connect(self, uri: Any, buffer_size: int, connect_timeout: int) -> None:
+        self.close()
+        self._secure = False
+        await super().connect(uri, buffer_size, connect_timeout)
+
+    async def connect_tls(
+        self, uri: Any, ssl_context: ssl.SSLContext, buffer_size: int, connect_timeout: int
+    ) -> None:
+        await super().connect_tls(uri, ssl_context, buffer_size, connect_timeout)
+        self._secure = True
+
+    def write(self, payload: bytes) -> None:
+        if self._tls_only and not self._secure:
+            raise ConnectionError("the server offers no TLS")
+        if not self._abandoned:
+            super().write(payload)  # type: ignore[no-untyped-call]
+
+    def writelines(self, payload: list[bytes]) -> None:
+        if not self._abandoned:
+            super().writelines(payload)  # type: ignore[no-untyped-call]
+
+    async def drain(self) -> None:
+        if not self._abandoned:
+            await super().drain()  # type: ignore[no-untyped-call]
+
+    def close(self) -> None:
+        if self._io_writer is not None:
+            self._io_writer.transport.abort()
+
+    def abandon(self) -> None:
+        """From here on everything written is thrown away and nothing waits."""
+        self._abandoned = True
+        self.close()
+
+    def __bool__(self) -> bool:
+        return True
+
+
+def _send(
+    client: Client, subject: str, payload: bytes, reply: str, headers: Mapping[str, str] | None
+) -> None:
+    """nats-py's publish without a task: it suspends only when its buffer is full."""
+    publishing: Coroutine[Any, Any, None] = client.publish(
+        subject, payload, reply, dict(headers) if headers else None
+    )
+    try:
+        publishing.send(None)
+    except StopIteration:
+        return
+    except errors.OutboundBufferLimitError:
+        raise BusOverflow("the outbound buffer is full") from None
+    except (errors.BadSubjectError, ValueError) as error:
+        raise LocalError(f"cannot publish to {subject!r}: {error}") from None
+    except (errors.Error, OSError) as error:
+        raise BusError(str(error)) from None
+    publishing.close()
+    raise BusOverflow("the outbound buffer is full")
+
+
+def _receiver(inlet: Inlet) -> Callable[[Msg], Awaitable[None]]:
+    async def receive(msg: Msg) -> None:
+        headers = msg.headers
+        nobody = headers is not None and not msg.data and headers.get("Status") == "503"
+        inlet.feed(Message(msg.subject, msg.data, msg.reply, headers, nobody))
+
+    return receive

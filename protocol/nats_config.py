@@ -1,0 +1,76 @@
+"""Where the NATS server is and how to be let in. Knows nothing of nats-py but its option names."""
+
+import ssl
+from typing import Any
+from urllib.parse import urlsplit
+
+import msgspec
+
+
+class NatsConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """How to reach the server. Empty strings mean: not used."""
+
+    urls: tuple[str, ...] = ("nats://127.0.0.1:4222",)
+    """`nats://` or `tls://`; `tls://` and any `tls_*` below never fall back to plain text."""
+    user: str = ""
+    password: str = ""
+    token: str = ""
+    creds_file: str = ""
+    nkey_seed_file: str = ""
+    tls_ca: str = ""
+    tls_cert: str = ""
+    tls_key: str = ""
+    tls_hostname: str = ""
+    tls_handshake_first: bool = False
+    name: str = "baton"
+    inbox_prefix: str = "_INBOX"
+    """Replies come on `<prefix>.<random>.*`; we also publish there, to flush."""
+    connect_timeout_s: float = 2.0
+    ping_interval_s: float = 1.0
+    max_outstanding_pings: int = 2
+    """A frozen server is left after `ping_interval_s * (max_outstanding_pings + 1)`."""
+    reconnect_wait_s: float = 0.2
+    pending_bytes: int = 64 << 20
+    """Published but not yet given to the socket; beyond it `publish` raises BusOverflow."""
+    close_timeout_s: float = 2.0
+
+    def __repr__(self) -> str:
+        return f"NatsConfig({', '.join(map(place, self.urls))})"
+
+
+def place(url: str) -> str:
+    """Host and port: what may be logged of a URL."""
+    parts = urlsplit(url if "://" in url else f"nats://{url}")
+    return parts.netloc.rpartition("@")[2]
+
+
+def connect_options(config: NatsConfig) -> dict[str, Any]:
+    """nats-py's arguments. Raises OSError or ValueError for files that do not load."""
+    if not config.urls or any(url.startswith(("ws://", "wss://")) for url in config.urls):
+        raise ValueError("urls must be nats:// or tls://, and at least one")
+    options: dict[str, Any] = {
+        "servers": list(config.urls),
+        "name": config.name,
+        "connect_timeout": config.connect_timeout_s,
+        "reconnect_time_wait": config.reconnect_wait_s,
+        "max_reconnect_attempts": -1,
+        "ping_interval": config.ping_interval_s,
+        "max_outstanding_pings": config.max_outstanding_pings,
+        "inbox_prefix": config.inbox_prefix,
+        # Never reached: `publish` checks the real bound first.
+        "pending_size": 2 * config.pending_bytes,
+        "user": config.user or None,
+        "password": config.password or None,
+        "token": config.token or None,
+        "user_credentials": config.creds_file or None,
+        "nkeys_seed": config.nkey_seed_file or None,
+    }
+    files = (config.tls_ca, config.tls_cert, config.tls_hostname)
+    if any(files) or any(url.startswith("tls://") for url in config.urls):
+        context = ssl.create_default_context(cafile=config.tls_ca or None)
+        if config.tls_cert:
+            context.load_cert_chain(config.tls_cert, config.tls_key or None)
+        options["tls"] = context
+        options["tls_handshake_first"] = config.tls_handshake_first
+        options["tls_hostname"] = config.tls_hostname or None
+    return options

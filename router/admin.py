@@ -1,0 +1,139 @@
+"""What operators and probes ask: health, metrics, the fleet as the router sees it."""
+
+import asyncio
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from aiohttp import web
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from protocol.codec import as_builtins
+from protocol.errors import ClientError
+from router.answers import to_json
+from router.catalog import Catalog
+from router.dispatch import Dispatch
+from router.metrics import RouterMetrics
+from router.scheduling.fleet import WorkerView
+
+
+def package_version() -> str:
+    try:
+        return version("baton-serve")
+    except PackageNotFoundError:
+        return "0+unknown"
+
+
+class Admin:
+    """Routes beside the API."""
+
+    def __init__(
+        self,
+        *,
+        dispatch: Dispatch,
+        catalog: Catalog,
+        metrics: RouterMetrics,
+        state: Callable[[], dict[str, Any]],
+        is_accepting: Callable[[], bool],
+    ) -> None:
+        self._dispatch = dispatch
+        self._catalog = catalog
+        self._metrics = metrics
+        self._state = state
+        self._is_accepting = is_accepting
+        self._shown: set[tuple[str, ...]] = set()
+
+    def routes(self) -> list[web.RouteDef]:
+        return [
+            web.get("/health", self._health),
+            web.get("/live", self._live),
+            web.get("/ready", self._ready),
+            web.get("/version", self._version),
+            web.get("/metrics", self._render),
+            web.get("/cluster_info", self._cluster_info),
+            web.get("/debug/requests/{id}", self._story),
+        ]
+
+    async def _live(self, _request: web.Request) -> web.Response:
+        """The process answers."""
+        return _json({"status": "live"})
+
+    async def _ready(self, _request: web.Request) -> web.Response:
+        """New requests can be served: a decode-capable worker is eligible and we do not drain."""
+        ready = self._is_accepting() and any(
+            worker.eligible and worker.info.role != "prefill"
+            for worker in self._dispatch.scheduler.workers()
+        )
+        return _json({"status": "ready" if ready else "not ready"}, 200 if ready else 503)
+
+    async def _health(self, request: web.Request) -> web.Response:
+        return await self._ready(request)
+
+    async def _version(self, _request: web.Request) -> web.Response:
+        return _json({"version": package_version()})
+
+    async def _cluster_info(self, _request: web.Request) -> web.Response:
+        workers = [_worker(view) for view in self._dispatch.scheduler.workers()]
+        return _json(
+            {
+                "router": self._dispatch.router_id,
+                **self._state(),
+                "inflight": self._dispatch.num_inflight,
+                "queued": self._dispatch.scheduler.num_queued,
+                "workers": workers,
+            }
+        )
+
+    async def _story(self, request: web.Request) -> web.Response:
+        """What happened to a request, leg by leg; also for the last ones that ended."""
+        wanted = request.match_info["id"].removeprefix("chatcmpl-").removeprefix("cmpl-")
+        choice = wanted if "/" in wanted else f"{wanted}/0"
+        story = self._dispatch.scheduler.story(choice)
+        if not story:
+            raise ClientError(404, f"nothing is known of request `{wanted}`", code="not_found")
+        lines = [{"at_s": round(entry[0], 4), "what": entry[1]} for entry in story]
+        return _json({"choice": choice, "story": lines})
+
+    async def _render(self, _request: web.Request) -> web.Response:
+        """Gauges are set on the loop, the text is made in a thread: it takes milliseconds."""
+        self._refresh()
+        body = await asyncio.to_thread(generate_latest, self._metrics.registry)
+        return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    def _refresh(self) -> None:
+        scheduler = self._dispatch.scheduler
+        metrics = self._metrics
+        metrics.queued.set(scheduler.num_queued)
+        counts: dict[tuple[str, ...], int] = {}
+        loads: dict[tuple[str, ...], float] = {}
+        for view in scheduler.workers():
+            info = view.info
+            for state in ("listed", "live", "eligible"):
+                key = (info.model, info.role, state)
+                counts[key] = counts.get(key, 0) + (1 if getattr(view, state) else 0)
+            loads[info.model, info.role, info.worker_id] = view.num_reservations
+        metrics.workers.clear()
+        metrics.worker_load.clear()
+        for key, count in counts.items():
+            metrics.workers.labels(*key).set(count)
+        for key, load in loads.items():
+            metrics.worker_load.labels(*key).set(load)
+
+
+def _worker(view: WorkerView) -> dict[str, Any]:
+    """One worker for people: what it is, what it says, what we hold there."""
+    info: dict[str, Any] = as_builtins(view.info)
+    report = as_builtins(view.report) if view.report is not None else None
+    return {
+        **info,
+        "listed": view.listed,
+        "live": view.live,
+        "eligible": view.eligible,
+        "suspected": view.suspected,
+        "reservations": view.num_reservations,
+        "load": report,
+    }
+
+
+def _json(value: dict[str, Any], status: int = 200) -> web.Response:
+    return web.Response(body=to_json(value), status=status, content_type="application/json")

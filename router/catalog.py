@@ -1,0 +1,223 @@
+"""The models the fleet serves, and their text side: tokenizer and chat template.
+
+Assets come over the bus from any worker of the model, once per digest. A request for a model whose
+assets are still on their way waits a little; one for a model nobody ever served is a 404.
+"""
+
+import asyncio
+import logging
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from protocol.bus import Bus
+from protocol.codec import encode
+from protocol.errors import BusError, ClientError
+from protocol.jobs import GetAssets, JobEnvelope
+from protocol.subjects import Subjects
+from protocol.worker_info import WorkerInfo
+from text.assets import GENERATION_CONFIG_FILE, AssetsError, decode
+from text.template import ChatTemplate
+from text.tokenizer import Tokenizer
+
+_log = logging.getLogger("baton.router")
+
+FETCH_TIMEOUT_S: Final = 10.0
+RETRY_S: Final = 0.5
+ASSETS_WAIT_S: Final = 5.0
+MAX_MODELS: Final = 256
+MAX_TEXTS: Final = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Defaults:
+    """What `generation_config.json` sets where the client sets nothing."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """The text side of one assets digest."""
+
+    tokenizer: Tokenizer
+    template: ChatTemplate
+    defaults: Defaults
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """What the front needs to turn a body into choices."""
+
+    name: str
+    tokenizer: Tokenizer
+    template: ChatTemplate
+    defaults: Defaults
+    max_context: int
+    model_digest: str
+
+
+@dataclass(slots=True)
+class _Model:
+    created: int
+    workers: dict[str, WorkerInfo] = field(default_factory=dict)
+    last: WorkerInfo | None = None
+
+
+class Catalog:
+    """Fed by discovery; asked by the front."""
+
+    def __init__(
+        self,
+        *,
+        bus: Bus,
+        subjects: Subjects,
+        router_id: str,
+        tasks: asyncio.TaskGroup,
+        wall_clock: Callable[[], float],
+    ) -> None:
+        self._bus = bus
+        self._subjects = subjects
+        self._router_id = router_id
+        self._tasks = tasks
+        self._wall_clock = wall_clock
+        self._models: OrderedDict[str, _Model] = OrderedDict()
+        self._texts: OrderedDict[str, Text] = OrderedDict()
+        self._fetching: dict[str, asyncio.Event] = {}
+
+    # --- discovery's side ---
+
+    def listed(self, info: WorkerInfo) -> None:
+        for name, model in self._models.items():
+            if name != info.model:
+                model.workers.pop(info.worker_id, None)
+        model = self._models.setdefault(info.model, _Model(int(self._wall_clock())))
+        model.workers[info.worker_id] = info
+        model.last = info
+        if len(self._models) > MAX_MODELS:
+            self._models.popitem(last=False)
+        digest = info.assets_digest
+        if digest and digest not in self._texts and digest not in self._fetching:
+            self._fetching[digest] = asyncio.Event()
+            self._tasks.create_task(self._fetch(info.model, digest), name=f"assets {digest[:8]}")
+
+    def unlisted(self, worker: str, incarnation: str) -> None:
+        for model in self._models.values():
+            info = model.workers.get(worker)
+            if info is not None and info.incarnation == incarnation:
+                del model.workers[worker]
+
+    # --- the front's side ---
+
+    def names(self) -> list[tuple[str, int]]:
+        """Served models and when each was first seen (Unix seconds)."""
+        return [(name, model.created) for name, model in self._models.items() if model.workers]
+
+    async def served(self, name: str) -> ServedModel:
+        """Raises ClientError: 404 for an unknown model, 503 while its assets cannot be had."""
+        model = self._models.get(name)
+        info = _most_common(model) if model is not None else None
+        if model is None or info is None:
+            message = f"the model `{name}` does not exist"
+            raise ClientError(404, message, code="model_not_found", param="model")
+        text = self._texts.get(info.assets_digest)
+        if text is None:
+            await self._wait(info.assets_digest)
+            text = self._texts.get(info.assets_digest)
+        if text is None:
+            message = f"the tokenizer of `{name}` has not arrived from its workers yet"
+            raise ClientError(503, message, code="assets_unavailable", retry_after_s=1)
+        return ServedModel(
+            name=name,
+            tokenizer=text.tokenizer,
+            template=text.template,
+            defaults=text.defaults,
+            max_context=info.capacity.max_context,
+            model_digest=info.model_digest,
+        )
+
+    async def _wait(self, digest: str) -> None:
+        arrived = self._fetching.get(digest)
+        if arrived is None:
+            return
+        try:
+            async with asyncio.timeout(ASSETS_WAIT_S):
+                await arrived.wait()
+        except TimeoutError:
+            pass
+
+    # --- assets ---
+
+    async def _fetch(self, name: str, digest: str) -> None:
+        """Ask workers in turn until one gives the assets; end when nobody has them any more."""
+        try:
+            while (holders := self._holders(name, digest)) and digest not in self._texts:
+                for info in holders:
+                    text = await self._ask(info, digest)
+                    if text is not None:
+                        self._texts[digest] = text
+                        if len(self._texts) > MAX_TEXTS:
+                            self._texts.popitem(last=False)
+                        _log.info("assets loaded model=%s digest=%s", name, digest[:12])
+                        break
+                else:
+                    await asyncio.sleep(RETRY_S)
+        finally:
+            self._fetching.pop(digest).set()
+
+    def _holders(self, name: str, digest: str) -> list[WorkerInfo]:
+        model = self._models.get(name)
+        workers = model.workers.values() if model is not None else ()
+        return [info for info in workers if info.assets_digest == digest]
+
+    async def _ask(self, info: WorkerInfo, digest: str) -> Text | None:
+        subject = self._subjects.jobs(info.worker_id, info.incarnation)
+        ask = encode(JobEnvelope(self._router_id, [GetAssets(digest)]))
+        try:
+            reply = await self._bus.request(subject, ask, timeout_s=FETCH_TIMEOUT_S)
+            return await asyncio.to_thread(_load, reply.payload, digest)
+        except (BusError, AssetsError) as error:
+            _log.info("no assets from worker=%s: %s", info.worker_id, error)
+            return None
+
+
+def _most_common(model: _Model) -> WorkerInfo | None:
+    """A worker of the digest that most workers have: during a rolling upgrade prompts go to the
+    larger side. Without workers the last one known, so that the scheduler can say 503."""
+    counts: dict[str, int] = {}
+    for info in model.workers.values():
+        counts[info.model_digest] = counts.get(info.model_digest, 0) + 1
+    if not counts:
+        return model.last
+    best = max(counts, key=lambda digest: (counts[digest], digest))
+    return next(info for info in model.workers.values() if info.model_digest == best)
+
+
+def _load(payload: bytes, digest: str) -> Text:
+    assets = decode(payload)
+    if assets.digest != digest:
+        raise AssetsError("the worker sent other assets than it announced")
+    return Text(
+        Tokenizer.from_assets(assets),
+        ChatTemplate.from_assets(assets),
+        _defaults(assets.json(GENERATION_CONFIG_FILE)),
+    )
+
+
+def _defaults(config: dict[str, Any]) -> Defaults:
+    def number(key: str, default: float) -> float:
+        value = config.get(key)
+        return float(value) if isinstance(value, int | float) else default
+
+    limit = config.get("max_new_tokens")
+    greedy = config.get("do_sample") is False
+    return Defaults(
+        temperature=0.0 if greedy else number("temperature", 1.0),
+        top_p=number("top_p", 1.0),
+        top_k=int(number("top_k", 0)) if not greedy else 0,
+        max_tokens=limit if isinstance(limit, int) and limit > 0 else None,
+    )

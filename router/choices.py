@@ -1,0 +1,60 @@
+"""One choice while it runs: what the client asked, what it has got, and who listens.
+
+The driver owns these; sinks turn what arrives into bytes. Nothing here decides.
+"""
+
+from array import array
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from protocol.errors import ClientError
+from protocol.jobs import Prompt
+from protocol.out import Delta
+from protocol.sampling import Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceSpec:
+    """A validated choice, ready to be scheduled."""
+
+    choice: str
+    index: int
+    """`choices[i].index` in the answer."""
+    model: str
+    prompt: Prompt
+    num_prompt_tokens: int
+    sampling: Sampling
+    model_digest: str = ""
+    cache_salt: str = ""
+
+
+class ChoiceSink(Protocol):
+    """Who listens to a choice. Called on the loop, must not block."""
+
+    def delta(self, choice: "Choice", delta: Delta) -> None:
+        """New output; `delta.finish` is set on the last one."""
+
+    def ended(self, choice: "Choice", error: ClientError | None) -> None:
+        """The choice is over: after its last delta (None) or instead of it (why not)."""
+
+
+@dataclass(slots=True, eq=False)
+class Choice:
+    spec: ChoiceSpec
+    sink: ChoiceSink
+    arrived_at: float
+    output: "array[int]" = field(default_factory=lambda: array("I"))
+    chars: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    first_at: float = 0.0
+    """When the first token was handed to the sink; 0 before."""
+    last_at: float = 0.0
+    finish: str = ""
+    role: str = ""
+    """Role of the worker that streams it now, for metrics."""
+    attempts: set[int] = field(default_factory=set)
+
+    @property
+    def id(self) -> str:
+        return self.spec.choice

@@ -1,0 +1,332 @@
+"""The driver: feeds the scheduler, runs its commands, and moves deltas to their streams.
+
+Everything happens in callbacks on the loop. A token's whole way is `_on_out` -> `_deliver` -> the
+choice's sink -> the socket: no task wakes, nothing is parsed twice. The scheduler hears of legs,
+never of tokens. Nothing here decides; what is late finds no attempt and changes nothing.
+"""
+
+import asyncio
+import logging
+import random
+from collections import deque
+from collections.abc import Callable
+
+from protocol.blocks import pack_ids
+from protocol.bus import Bus, BusEvent
+from protocol.codec import decode_snapshot, encode
+from protocol.errors import BadMessage, BusError
+from protocol.events import Beat
+from protocol.jobs import (
+    Cancel,
+    Decode,
+    Done,
+    GetKvSnapshot,
+    Job,
+    JobEnvelope,
+    Prefill,
+    Release,
+    Renew,
+    Replay,
+    Tokens,
+)
+from protocol.mailbox import Mailer
+from protocol.subjects import Subjects
+from router.choices import Choice, ChoiceSink, ChoiceSpec
+from router.inbox import Attempt, Attempts, Inbox
+from router.metrics import RouterMetrics
+from router.outcomes import client_error
+from router.scheduling import commands as cmd
+from router.scheduling import events as ev
+from router.scheduling.limits import Limits
+from router.scheduling.scheduler import Scheduler
+
+_log = logging.getLogger("baton.router")
+
+BEAT_S = 1.0
+STRAY_S = 1.0
+MAX_STRAYS = 4096
+
+
+class Dispatch:
+    """One per router process."""
+
+    def __init__(
+        self,
+        *,
+        bus: Bus,
+        subjects: Subjects,
+        router_id: str,
+        limits: Limits,
+        metrics: RouterMetrics,
+        rng: random.Random,
+        clock: Callable[[], float],
+    ) -> None:
+        self.router_id = router_id
+        self.scheduler = Scheduler(limits, self, rng)
+        self._bus = bus
+        self._subjects = subjects
+        self._metrics = metrics
+        self._clock = clock
+        self._choices: dict[str, Choice] = {}
+        self._attempts = Attempts()
+        self._pending: deque[ev.Event] = deque()
+        self._handling = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._tasks: asyncio.TaskGroup | None = None
+        self._mailer: Mailer[Job] = Mailer(
+            bus, envelope=self._envelope, on_overflow=self._on_overflow
+        )
+        self.inbox = Inbox(
+            self._attempts,
+            subjects=subjects,
+            metrics=metrics,
+            clock=clock,
+            feed=self.feed,
+            post=self._post,
+        )
+
+    # --- life ---
+
+    async def start(self, tasks: asyncio.TaskGroup) -> None:
+        """Listen for workers' answers; background work lives in `tasks`."""
+        self._tasks = tasks
+        self._bus.on_event(self._on_bus_event)
+        await self._bus.subscribe(self._subjects.out_all(self.router_id), self.inbox.on_out)
+        tasks.create_task(self._beat(), name="beats")
+
+    async def _beat(self) -> None:
+        beat = encode(Beat(self.router_id))
+        while True:
+            try:
+                self._bus.publish(self._subjects.routers, beat)
+            except BusError:
+                pass
+            await asyncio.sleep(BEAT_S)
+
+    def leave(self) -> None:
+        """Tell the workers that this router is gone, so that they stop its jobs at once."""
+        self._mailer.flush_now()
+        try:
+            self._bus.publish(self._subjects.routers, encode(Beat(self.router_id, leaving=True)))
+        except BusError:
+            pass
+
+    # --- what the front asks ---
+
+    def submit(self, spec: ChoiceSpec, sink: ChoiceSink) -> None:
+        """Schedule one choice; `sink` hears everything from now on, also at once."""
+        now = self._clock()
+        choice = Choice(spec, sink, arrived_at=now, prompt_tokens=spec.num_prompt_tokens)
+        self._choices[spec.choice] = choice
+        self._metrics.started(spec.model)
+        prompt = spec.prompt
+        self.feed(
+            ev.Submitted(
+                choice=spec.choice,
+                model=spec.model,
+                packed_prompt=prompt.packed if isinstance(prompt, Tokens) else b"",
+                num_prompt_tokens=spec.num_prompt_tokens,
+                max_tokens=spec.sampling.max_tokens,
+                cache_salt=spec.cache_salt,
+                model_digest=spec.model_digest,
+            )
+        )
+
+    def cancel(self, choice: str) -> None:
+        """The client went; unknown choices are ignored."""
+        if choice in self._choices:
+            self.feed(ev.ClientGone(choice))
+
+    @property
+    def num_inflight(self) -> int:
+        return len(self._choices)
+
+    def watch_client(self, token: str, on_gone: Callable[[], None]) -> str:
+        """A reply subject on which the bus says that a NATS client stopped listening."""
+        self.inbox.watch_client(token, on_gone)
+        return self._subjects.client(self.router_id, token)
+
+    # --- the scheduler's reads ---
+
+    def last_heard(self, attempt: int) -> float:
+        entry = self._attempts.live.get(attempt)
+        return entry.heard_at if entry is not None else float("-inf")
+
+    def num_output(self, choice: str) -> int:
+        entry = self._choices.get(choice)
+        return len(entry.output) if entry is not None else 0
+
+    # --- events in, commands out ---
+
+    def feed(self, event: ev.Event) -> None:
+        """Give the scheduler one event and run what it commands. Re-entrant calls queue up."""
+        self._pending.append(event)
+        if self._handling:
+            return
+        self._handling = True
+        try:
+            while self._pending:
+                now = self._clock()
+                for command in self.scheduler.handle(self._pending.popleft(), now):
+                    self._run(command, now)
+        finally:
+            self._handling = False
+        self._arm()
+
+    def _arm(self) -> None:
+        deadline = self.scheduler.next_deadline()
+        timer = self._timer
+        if deadline is None:
+            return
+        if timer is not None and not timer.cancelled() and timer.when() <= deadline:
+            return
+        if timer is not None:
+            timer.cancel()
+        self._timer = asyncio.get_running_loop().call_at(deadline, self._tick)
+
+    def _tick(self) -> None:
+        self._timer = None
+        self.feed(ev.Ticked())
+
+    def _run(self, command: cmd.Command, now: float) -> None:
+        match command:
+            case cmd.StartPrefill() | cmd.StartDecode():
+                self._start(command, now)
+            case cmd.EndChoice():
+                self._end(command, now)
+            case cmd.Note():
+                self._note(command)
+            case cmd.AskKvSnapshot():
+                self._spawn_snapshot(command.worker, command.incarnation)
+            case cmd.RenewHandles() | cmd.ReleaseHandle():
+                job: Job = (
+                    Renew(list(command.handle_ids))
+                    if isinstance(command, cmd.RenewHandles)
+                    else Release([command.handle_id])
+                )
+                self._post(command.worker, command.incarnation, job, lazy=True)
+            case _:
+                self._about_attempt(command)
+
+    def _about_attempt(
+        self, command: cmd.ForgetAttempt | cmd.CancelAttempt | cmd.AskReplay
+    ) -> None:
+        attempt = command.attempt
+        match command:
+            case cmd.ForgetAttempt():
+                self._attempts.drop(attempt, done=True)
+                self._post(command.worker, command.incarnation, Done([attempt]), lazy=True)
+            case cmd.CancelAttempt():
+                self._attempts.drop(attempt)
+                self._post(command.worker, command.incarnation, Cancel(attempt))
+            case cmd.AskReplay():
+                entry = self._attempts.live.get(attempt)
+                if entry is not None:
+                    job = Replay(attempt, len(entry.choice.output))
+                    self._post(command.worker, command.incarnation, job)
+
+    def _start(self, command: cmd.StartPrefill | cmd.StartDecode, now: float) -> None:
+        choice = self._choices[command.choice]
+        leg = "prefill" if isinstance(command, cmd.StartPrefill) else "decode"
+        attempt = Attempt(choice, command.worker, command.incarnation, leg, now, now)
+        self._attempts.add(command.attempt, attempt)
+        spec = choice.spec
+        output = pack_ids(choice.output)
+        job: Job
+        if isinstance(command, cmd.StartPrefill):
+            job = Prefill(
+                command.attempt,
+                spec.choice,
+                spec.prompt,
+                spec.sampling,
+                output,
+                choice.chars,
+                spec.cache_salt,
+            )
+        else:
+            job = Decode(
+                command.attempt,
+                spec.choice,
+                spec.prompt,
+                spec.sampling,
+                command.handle,
+                output,
+                choice.chars,
+                spec.cache_salt,
+            )
+        if now > choice.arrived_at and len(choice.attempts) == 1:
+            self._metrics.queue_time(spec.model, now - choice.arrived_at)
+        self._post(command.worker, command.incarnation, job)
+
+    def _end(self, command: cmd.EndChoice, now: float) -> None:
+        choice = self._choices.pop(command.choice)
+        for attempt in list(choice.attempts):
+            self._attempts.drop(attempt)
+        completed = command.outcome == "completed"
+        self._metrics.ended(
+            choice.spec.model, command.outcome, command.leg, command.code, now - choice.arrived_at
+        )
+        if not completed:
+            _log.info(
+                "choice ended choice=%s outcome=%s leg=%s code=%s",
+                command.choice,
+                command.outcome,
+                command.leg,
+                command.code,
+            )
+        choice.sink.ended(choice, None if completed else client_error(command))
+
+    def _note(self, note: cmd.Note) -> None:
+        self._metrics.note(note.kind, note.cause)
+        if note.kind != "late":
+            _log.info(
+                "%s cause=%s worker=%s choice=%s", note.kind, note.cause, note.worker, note.choice
+            )
+
+    # --- mail ---
+
+    def _post(self, worker: str, incarnation: str, job: Job, *, lazy: bool = False) -> None:
+        self._mailer.post(
+            self._subjects.jobs(worker, incarnation),
+            job,
+            reply=self._subjects.gone(self.router_id, worker, incarnation),
+            lazy=lazy,
+        )
+
+    def _envelope(self, _subject: str, jobs: list[Job]) -> bytes:
+        return encode(JobEnvelope(self.router_id, jobs))
+
+    def _on_overflow(self, subject: str, jobs: list[Job]) -> None:
+        """The bus took nothing: the deadlines of these jobs will move them elsewhere."""
+        _log.warning("bus is full, dropped jobs=%d for %s", len(jobs), subject)
+        self._metrics.bus_lost(len(jobs))
+
+    def _on_bus_event(self, event: BusEvent) -> None:
+        match event.kind:
+            case "up":
+                self.feed(ev.BusUp())
+            case "down":
+                self.feed(ev.BusDown())
+            case "lost":
+                self._metrics.bus_lost(event.count)
+                for worker, incarnation in self.inbox.sources():
+                    self.feed(ev.GapSeen(worker, incarnation))
+
+    def _spawn_snapshot(self, worker: str, incarnation: str) -> None:
+        if self._tasks is not None:
+            self._tasks.create_task(self._snapshot(worker, incarnation), name="kv snapshot")
+
+    async def _snapshot(self, worker: str, incarnation: str) -> None:
+        ask = encode(JobEnvelope(self.router_id, [GetKvSnapshot()]))
+        try:
+            subject = self._subjects.jobs(worker, incarnation)
+            reply = await self._bus.request(subject, ask, timeout_s=5.0)
+            snapshot = decode_snapshot(reply.payload)
+        except (BusError, BadMessage) as error:
+            _log.info("no KV snapshot worker=%s: %s", worker, error)
+            return
+        size = 16
+        hashes = [
+            snapshot.hashes[i : i + size] for i in range(0, len(snapshot.hashes) - size + 1, size)
+        ]
+        self.feed(ev.KvSnapshotArrived(worker, incarnation, snapshot.last_id, hashes))

@@ -1,0 +1,297 @@
+"""What workers say to this router: envelopes in, deltas to their streams, legs to the scheduler.
+
+The token path: `on_out` -> `_on_frame` -> `_deliver` -> the choice's sink. What names no attempt of
+ours changes nothing and is answered with a cancel.
+"""
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from protocol.bus import Message
+from protocol.codec import decode_out
+from protocol.errors import BadMessage
+from protocol.jobs import Cancel, Job, Release, Replay
+from protocol.out import (
+    Accepted,
+    Decoding,
+    Delta,
+    Failed,
+    Out,
+    OutEnvelope,
+    Prefilled,
+    Progress,
+    Refused,
+    StepFrame,
+)
+from protocol.subjects import Subjects
+from router.choices import Choice
+from router.metrics import RouterMetrics
+from router.scheduling import events as ev
+
+_log = logging.getLogger("baton.router")
+
+Outcome = Accepted | Refused | Progress | Prefilled | Decoding | Failed
+
+STRAY_S: Final = 1.0
+MAX_REMEMBERED: Final = 4096
+
+
+@dataclass(slots=True, eq=False)
+class Attempt:
+    """One dispatch, as the driver must remember it."""
+
+    choice: Choice
+    worker: str
+    incarnation: str
+    leg: str
+    started_at: float
+    heard_at: float
+    prefilled_at: float = 0.0
+
+
+class Attempts:
+    """The attempts in flight, and the last few that ended well.
+
+    A late repeat of the latter (the answer to a replay that crossed the outcome) must not be
+    answered with a cancel or a release: its handle may be on its way to a decode worker.
+    """
+
+    def __init__(self) -> None:
+        self.live: dict[int, Attempt] = {}
+        self._done: OrderedDict[int, None] = OrderedDict()
+
+    def add(self, number: int, attempt: Attempt) -> None:
+        self.live[number] = attempt
+        attempt.choice.attempts.add(number)
+
+    def drop(self, number: int, *, done: bool = False) -> None:
+        entry = self.live.pop(number, None)
+        if entry is not None:
+            entry.choice.attempts.discard(number)
+        if done:
+            self._done[number] = None
+            if len(self._done) > MAX_REMEMBERED:
+                self._done.popitem(last=False)
+
+    def is_done(self, number: int) -> bool:
+        return number in self._done
+
+
+class Post(Protocol):
+    def __call__(self, worker: str, incarnation: str, job: Job, *, lazy: bool = False) -> None: ...
+
+
+class Inbox:
+    """Reads one router's `out` mailbox."""
+
+    def __init__(
+        self,
+        attempts: Attempts,
+        *,
+        subjects: Subjects,
+        metrics: RouterMetrics,
+        clock: Callable[[], float],
+        feed: Callable[[ev.Event], None],
+        post: Post,
+    ) -> None:
+        self._attempts = attempts
+        self._subjects = subjects
+        self._metrics = metrics
+        self._clock = clock
+        self._feed = feed
+        self._post = post
+        self._seen: dict[tuple[str, str], int] = {}
+        self._tails: dict[tuple[str, str], int] = {}
+        self._strays: dict[tuple[str, int], float] = {}
+        self._on_client_gone: dict[str, Callable[[], None]] = {}
+        self._bad = 0
+        self._bad_logged_at = float("-inf")
+
+    def watch_client(self, token: str, on_gone: Callable[[], None]) -> None:
+        """Call `on_gone` when the bus says that the client of this token stopped listening."""
+        self._on_client_gone[token] = on_gone
+
+    def unwatch_client(self, token: str) -> None:
+        self._on_client_gone.pop(token, None)
+
+    def sources(self) -> list[tuple[str, str]]:
+        return list(self._seen)
+
+    def on_out(self, message: Message) -> None:
+        if message.no_responders:
+            self._on_gone(message.subject)
+            return
+        try:
+            envelope = decode_out(message.payload)
+        except BadMessage as error:
+            self.bad_message(message.subject, error)
+            return
+        now = self._clock()
+        source = (envelope.worker, envelope.incarnation)
+        seen = self._seen.get(source, 0)
+        gap = envelope.seq > seen + 1
+        if envelope.seq > seen:
+            self._seen[source] = envelope.seq
+        for out in envelope.outs:
+            if type(out) is StepFrame:
+                self._on_frame(envelope, out, now)
+            else:
+                self._on_outcome(envelope, out, now)
+        if gap:
+            self._feed(ev.GapSeen(envelope.worker, envelope.incarnation))
+
+    def _on_frame(self, envelope: OutEnvelope, frame: StepFrame, now: float) -> None:
+        attempts = self._attempts.live
+        gap = -1.0
+        for delta in frame.deltas:
+            entry = attempts.get(delta.attempt)
+            if entry is None or entry.incarnation != envelope.incarnation:
+                self._stray(envelope, delta.attempt, now)
+                continue
+            if gap < 0.0 and entry.choice.last_at:
+                gap = now - entry.choice.last_at
+                self._metrics.token_gap(entry.choice.spec.model, gap)
+            self._deliver(entry, delta, now)
+        self._metrics.tokens(len(frame.deltas))
+
+    def _deliver(self, entry: Attempt, delta: Delta, now: float) -> None:
+        """Give one delta to its stream, exactly once and in order."""
+        entry.heard_at = now
+        choice = entry.choice
+        have = len(choice.output)
+        if delta.index != have:
+            if delta.index > have:  # something before it was lost: ask for all from where we are
+                self._post(entry.worker, entry.incarnation, Replay(delta.attempt, have))
+            return
+        choice.output.extend(delta.ids)
+        choice.chars += len(delta.text)
+        if not choice.first_at:
+            choice.first_at = now
+            self._metrics.first_token(choice.spec.model, now - choice.arrived_at)
+        choice.last_at = now
+        choice.finish = delta.finish
+        choice.sink.delta(choice, delta)
+        if delta.finish and entry.leg == "decode":
+            self._feed(ev.Ended(delta.attempt))
+
+    def _on_outcome(self, envelope: OutEnvelope, out: Out, now: float) -> None:
+        if isinstance(out, StepFrame):
+            return
+        entry = self._attempts.live.get(out.attempt)
+        if entry is None or entry.incarnation != envelope.incarnation:
+            self._on_stray_outcome(envelope, out, now)
+            return
+        entry.heard_at = now
+        match out:
+            case Accepted():
+                self._feed(ev.Accepted(out.attempt, out.handle))
+            case Refused():
+                self._feed(ev.Refused(out.attempt, out.reason))
+            case Progress():
+                self._feed(ev.Progressed(out.attempt))
+            case Prefilled():
+                self._on_prefilled(entry, out, now)
+            case Decoding():
+                self._on_decoding(entry, out)
+            case Failed():
+                self._on_failed(entry, out)
+
+    def _on_stray_outcome(
+        self,
+        envelope: OutEnvelope,
+        out: "Accepted | Refused | Progress | Prefilled | Decoding | Failed",
+        now: float,
+    ) -> None:
+        if isinstance(out, Failed | Refused) or self._attempts.is_done(out.attempt):
+            return
+        self._stray(envelope, out.attempt, now)
+        if isinstance(out, Prefilled | Accepted) and out.handle is not None:
+            release = Release([out.handle.handle_id])
+            self._post(envelope.worker, envelope.incarnation, release)
+
+    def _on_failed(self, entry: Attempt, out: Failed) -> None:
+        _log.info(
+            "attempt failed choice=%s worker=%s leg=%s code=%s message=%s",
+            entry.choice.id,
+            entry.worker,
+            out.leg,
+            out.code,
+            out.message,
+        )
+        self._feed(ev.AttemptFailed(out.attempt, out.leg, out.code, out.message))
+
+    def _on_prefilled(self, entry: Attempt, out: Prefilled, now: float) -> None:
+        if entry.prefilled_at:  # a repeat of what we have, after a replay
+            return
+        entry.prefilled_at = now
+        choice = entry.choice
+        if not choice.output:
+            choice.cached_tokens = out.cached_tokens
+        self._metrics.prefilled(choice.spec.model, out.queue_s, out.prefill_s)
+        if out.first is not None:
+            self._deliver(entry, out.first, now)
+        ended = out.first is not None and bool(out.first.finish)
+        self._feed(ev.Prefilled(out.attempt, out.handle, ended, out.cached_tokens))
+
+    def _on_decoding(self, entry: Attempt, out: Decoding) -> None:
+        choice = entry.choice
+        if not choice.output and out.cached_tokens:
+            choice.cached_tokens = out.cached_tokens
+        if out.transport:
+            self._metrics.transfer(
+                choice.spec.model, out.transport, out.transfer_bytes, out.transfer_s
+            )
+        self._feed(ev.DecodingStarted(out.attempt))
+
+    def _stray(self, envelope: OutEnvelope, attempt: int, now: float) -> None:
+        """An attempt we do not have: tell the worker to stop it, once a second at most."""
+        if self._attempts.is_done(attempt):
+            return
+        key = (envelope.incarnation, attempt)
+        if now - self._strays.get(key, float("-inf")) < STRAY_S:
+            return
+        if len(self._strays) >= MAX_REMEMBERED:
+            self._strays.clear()
+        self._strays[key] = now
+        self._metrics.note("late", "stray")
+        self._post(envelope.worker, envelope.incarnation, Cancel(attempt))
+
+    def _on_gone(self, subject: str) -> None:
+        gone = self._subjects.gone_worker(subject)
+        if gone is not None:
+            self._feed(ev.WorkerUnreachable(*gone))
+            return
+        token = self._subjects.client_of(subject)
+        on_gone = self._on_client_gone.pop(token, None) if token else None
+        if on_gone is not None:
+            on_gone()
+
+    def bad_message(self, subject: str, error: BadMessage) -> None:
+        """Count rubbish; say so once a minute."""
+        self._metrics.bad_message()
+        self._bad += 1
+        now = self._clock()
+        if now - self._bad_logged_at >= 60.0:
+            _log.warning("ignored bad messages count=%d last=%s: %s", self._bad, subject, error)
+            self._bad_logged_at = now
+            self._bad = 0
+
+    def reported(self, worker: str, incarnation: str, last_seq: int) -> None:
+        """A load report says how many envelopes we were sent. Two reports in a row beyond what has
+        arrived mean a lost tail (one alone may just have overtaken the envelope)."""
+        source = (worker, incarnation)
+        seen = self._seen.get(source, 0)
+        before = self._tails.get(source, 0)
+        if before > seen:
+            self._seen[source] = before
+            self._tails[source] = last_seq
+            self._feed(ev.GapSeen(worker, incarnation))
+        else:
+            self._tails[source] = last_seq
+
+    def forget_worker(self, worker: str, incarnation: str) -> None:
+        self._seen.pop((worker, incarnation), None)
+        self._tails.pop((worker, incarnation), None)

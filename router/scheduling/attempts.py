@@ -1,0 +1,104 @@
+"""How often a choice may be tried again, and how much the fleet may be.
+
+Attempts are charged per choice and forgiven by progress; what is nobody's fault (a refusal, a lost
+message) is free until it repeats too often. Retries of all choices together are a share of what was
+admitted, plus a floor: a dying fleet is not killed by its own second chances.
+"""
+
+from typing import Final
+
+from router.scheduling.limits import Limits
+
+FREE_SHARE: Final = 4
+"""Free moves per charged attempt that a choice has before they are charged too."""
+DEATHS_ALONE: Final = 2
+"""After so many process deaths under it a choice runs alone."""
+_BUCKETS: Final = 10
+
+
+class Tries:
+    """One choice's account."""
+
+    __slots__ = ("charged", "deaths", "excluded", "free", "mark")
+
+    def __init__(self) -> None:
+        self.charged = 0
+        self.free = 0
+        self.deaths = 0
+        self.mark = 0
+        """Tokens the stream had at the last reset."""
+        self.excluded: set[str] = set()
+        """Incarnations that failed this choice."""
+
+    def progressed(self, num_output: int, limits: Limits) -> None:
+        """Enough new tokens make the account new; deaths stay."""
+        if num_output - self.mark >= limits.progress_tokens:
+            self.mark = num_output
+            self.charged = self.free = 0
+            self.excluded.clear()
+
+    def charge(self, limits: Limits, *, free: bool) -> None:
+        if free and self.free < FREE_SHARE * limits.max_attempts:
+            self.free += 1
+        else:
+            self.charged += 1
+
+    def exhausted(self, limits: Limits) -> bool:
+        return self.charged >= limits.max_attempts
+
+    @property
+    def alone(self) -> bool:
+        return self.deaths >= DEATHS_ALONE
+
+    @property
+    def killer(self) -> bool:
+        return self.deaths > DEATHS_ALONE
+
+
+class RetryBudget:
+    """Admissions and retries of the last window, in ten buckets of it."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._share = limits.retry_share
+        self._floor = limits.retry_floor
+        self._window_s = limits.retry_window_s
+        self._width = limits.retry_window_s / _BUCKETS
+        self._admitted = [0] * _BUCKETS
+        self._retried = [0] * _BUCKETS
+        self._bucket = 0
+        self._num_admitted = 0
+        self._num_retried = 0
+
+    def _turn(self, now: float) -> int:
+        bucket = int(now / self._width)
+        behind = bucket - self._bucket
+        if behind > 0:
+            for number in range(max(self._bucket + 1, bucket - _BUCKETS + 1), bucket + 1):
+                place = number % _BUCKETS
+                self._num_admitted -= self._admitted[place]
+                self._num_retried -= self._retried[place]
+                self._admitted[place] = self._retried[place] = 0
+            self._bucket = bucket
+        return self._bucket % _BUCKETS
+
+    def admitted(self, now: float) -> None:
+        self._admitted[self._turn(now)] += 1
+        self._num_admitted += 1
+
+    def retried(self, now: float) -> None:
+        self._retried[self._turn(now)] += 1
+        self._num_retried += 1
+
+    def allows(self, now: float) -> bool:
+        self._turn(now)
+        return self._num_retried < self._floor + self._share * self._num_admitted
+
+    def next_change(self) -> float:
+        """When the present bucket is over: then the oldest one may be forgotten."""
+        return (self._bucket + 1) * self._width
+
+    def wait_s(self, num_queued: int, now: float) -> int:
+        """Seconds until a queue of this length is served at the present pace, 1 to 30."""
+        self._turn(now)
+        pace = max(1.0, self._num_admitted / self._window_s)
+        return min(30, 1 + int(num_queued / pace))

@@ -1,0 +1,170 @@
+"""The life of a choice: one table, and the records it moves.
+
+Theory. A *choice* is what the client waits for. It lives in exactly one state:
+
+- `queued`: no worker has it. Retries and resumes come back here, ahead of new work.
+- `prefilling`: a prefill attempt is out; its worker is charged tokens to compute and blocks.
+- `decode_wait`: a handle is held, the blocks are lent by the prefill worker, no decode worker is
+  chosen. Engines that need both legs at once hand the handle over while they still prefill.
+- `transferring`: a decode attempt is out and pulls; two workers are charged.
+- `local`: a decode worker prefills for itself; no handle exists.
+- `decoding`: KV is on the decode worker and checked; the handle has been released.
+- `ended`: the client has been told. Nothing leads out of it, so a choice ends exactly once.
+
+An *attempt* is one dispatch to one incarnation. What carries the number of an attempt that is not
+open any more is late and moves nothing. Whatever breaks ends attempts and moves the choice back
+along `rewait` (the handle is good: another decode worker pulls it) or `requeue` (prefill again).
+
+Every change of state goes through `Choice.move`; a move that the table does not have is our own
+bug and raises with the story. This file decides nothing and knows no clock.
+"""
+
+from collections import deque
+from typing import Final, Literal
+
+from protocol.blocks import seed_of
+from protocol.errors import LocalError
+from protocol.handoff import KvHandle
+from router.scheduling.attempts import Tries
+from router.scheduling.commands import EndLeg
+from router.scheduling.deadlines import Timer
+from router.scheduling.events import Submitted
+from router.scheduling.fleet import Reservation, Worker
+from router.scheduling.pools import Group
+from router.scheduling.prefix_index import PromptHashes
+
+State = Literal["queued", "prefilling", "decode_wait", "transferring", "local", "decoding", "ended"]
+Move = Literal[
+    "start_prefill", "start_local", "start_pull", "lend", "decode", "rewait", "requeue", "end"
+]
+
+TABLE: Final[dict[tuple[State, Move], State]] = {
+    ("queued", "start_prefill"): "prefilling",
+    ("queued", "start_local"): "local",
+    ("queued", "end"): "ended",
+    ("prefilling", "lend"): "decode_wait",
+    ("prefilling", "requeue"): "queued",
+    ("prefilling", "end"): "ended",
+    ("decode_wait", "start_pull"): "transferring",
+    ("decode_wait", "requeue"): "queued",
+    ("decode_wait", "end"): "ended",
+    ("transferring", "decode"): "decoding",
+    ("transferring", "rewait"): "decode_wait",
+    ("transferring", "requeue"): "queued",
+    ("transferring", "end"): "ended",
+    ("local", "decode"): "decoding",
+    ("local", "requeue"): "queued",
+    ("local", "end"): "ended",
+    ("decoding", "requeue"): "queued",
+    ("decoding", "end"): "ended",
+}
+
+LEG_OF: Final[dict[State, EndLeg]] = {
+    "queued": "queue",
+    "prefilling": "prefill",
+    "decode_wait": "transfer",
+    "transferring": "transfer",
+    "local": "prefill",
+    "decoding": "decode",
+}
+"""The leg that a choice is said to have ended in."""
+
+STORY_LINES: Final = 64
+
+EXPECTED_OUTPUT: Final = 256
+"""Tokens of output that a decode worker is charged for, where more are allowed."""
+
+Story = deque[tuple[float, str, str]]
+AttemptKind = Literal["prefill", "pull", "local"]
+Phase = Literal["sent", "accepted", "decoding"]
+
+
+class Attempt:
+    """One dispatch to one incarnation. Times are bus time, which stands still in an outage."""
+
+    __slots__ = (
+        "asked", "blameless", "choice", "id", "kind", "patience", "phase", "reservation", "sign",
+        "started", "timer", "worker",
+    )  # fmt: skip
+
+    def __init__(
+        self, number: int, choice: "Choice", kind: AttemptKind, reservation: Reservation, at: float
+    ) -> None:
+        self.id = number
+        self.choice = choice
+        self.kind: AttemptKind = kind
+        self.reservation = reservation
+        self.worker: Worker = reservation.worker
+        self.phase: Phase = "sent"
+        self.started = at
+        self.sign = at
+        """When anything of it was last heard."""
+        self.asked: float | None = None
+        """When a replay was asked for that is still unanswered."""
+        self.patience = 0
+        """How often more a replay is asked for before the work moves."""
+        self.blameless = False
+        """The bus lost it, so the worker is not excluded when it moves."""
+        self.timer = Timer("attempt", self)
+
+
+class Lent:
+    """A handle that a choice holds; `reservation` is the lender's."""
+
+    __slots__ = ("choice", "failures", "handle", "reservation")
+
+    def __init__(self, choice: "Choice", handle: KvHandle, reservation: Reservation) -> None:
+        self.choice = choice
+        self.handle = handle
+        self.reservation = reservation
+        self.failures = 0
+        """Decode workers that could not pull it."""
+
+
+class Choice:
+    """What one client waits for."""
+
+    __slots__ = (
+        "backoff", "decode", "group", "hashes", "id", "lent", "pending_blocks", "prefill",
+        "request_timer", "retrying", "spec", "state", "story", "timer", "tries",
+    )  # fmt: skip
+
+    def __init__(self, spec: Submitted, now: float) -> None:
+        self.id = spec.choice
+        self.spec = spec
+        self.state: State = "queued"
+        self.story: Story = deque(((now, "submitted", ""),), STORY_LINES)
+        self.prefill: Attempt | None = None
+        """Not None iff a prefill attempt is open."""
+        self.decode: Attempt | None = None
+        """Not None iff state in transferring, local, decoding."""
+        self.lent: Lent | None = None
+        """Not None iff a handle is held: state in decode_wait, transferring."""
+        self.group: Group | None = None
+        """Whose decode places it waits for: from the prefill's start to the pull's."""
+        self.pending_blocks = 0
+        self.retrying = False
+        """Its next start is a second one: it comes out of the budget, ahead of new work."""
+        self.tries = Tries()
+        self.hashes: dict[Group, PromptHashes] = {}
+        self.timer = Timer("wait", self)
+        """Of the queue, or of the wait for a decode place."""
+        self.backoff: Timer | None = None
+        self.request_timer: Timer | None = None
+
+    def move(self, move: Move, now: float, detail: str = "") -> None:
+        """Raises LocalError, with nothing changed, if the table has no such move."""
+        state = TABLE.get((self.state, move))
+        if state is None:
+            raise LocalError(f"choice {self.id}: {move} while {self.state}; {list(self.story)}")
+        self.state = state
+        self.story.append((now, move, detail))
+
+    def hashes_for(self, group: Group) -> PromptHashes:
+        """Block hashes of the prompt as this group's workers compute them."""
+        hashes = self.hashes.get(group)
+        if hashes is None:
+            seed = seed_of(group.digest, self.spec.cache_salt)
+            hashes = PromptHashes(self.spec.packed_prompt, group.block_size, seed)
+            self.hashes = {group: hashes}
+        return hashes

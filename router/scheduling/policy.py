@@ -1,0 +1,141 @@
+"""Which worker: eligible -> candidates -> cost -> choose, plain functions.
+
+Cost is in token-equivalents, lower is better: what a worker still has to compute, what this choice
+would add, and how crowded its batch and its cache are. Candidates are the holders of the longest
+prefix, the freest few and some random samples; pure sampling leaves work waiting beside idle
+workers, pure freedom never uses a cache. Nothing here changes anything.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from router.scheduling.fleet import Worker
+from router.scheduling.pools import PREFILL_QUEUE, Group, Pool
+from router.scheduling.prefix_index import Match, deepest, depth_of
+
+RUNNING_COST: Final = 32
+"""One running sequence slows the others as so many tokens of prefill would."""
+FULL_COST: Final = 2048
+"""A full cache, as opposed to an empty one."""
+_HOLDERS: Final = 4
+_FREEST: Final = 3
+
+
+class Rng(Protocol):
+    """As much of `random.Random` as is needed."""
+
+    def random(self) -> float: ...
+    def randrange(self, stop: int, /) -> int: ...
+
+
+@dataclass(slots=True)
+class Want:
+    """What one choice asks of a worker of one group."""
+
+    tokens: int
+    """Prompt and output so far."""
+    prefill_blocks: int
+    decode_blocks: int
+    """Prompt, output so far and expected output."""
+    block_size: int
+    excluded: set[str]
+    match: Match
+    num_samples: int
+
+
+@dataclass(slots=True)
+class Pick:
+    worker: Worker
+    cost: float
+    uncached: int
+    """Tokens it would have to compute."""
+
+
+def candidates(
+    pool: Pool, want: Want, by_slot: Mapping[int, Worker], rng: Rng, num_slots: int
+) -> dict[Worker, None]:
+    """A few eligible workers, in no order of merit."""
+    found: dict[Worker, None] = {}
+    if want.match:
+        for slot in deepest(want.match, _HOLDERS, rng.randrange(num_slots)):
+            holder = by_slot.get(slot)
+            if holder is not None and holder.incarnation in pool.members:
+                found[holder] = None
+    for worker in pool.freest(_FREEST + len(want.excluded)):
+        found[worker] = None
+    order = pool.order
+    if len(order) > len(found):
+        for _ in range(want.num_samples):
+            found[order[rng.randrange(len(order))].worker] = None
+    return found
+
+
+def uncached_tokens(worker: Worker, want: Want) -> int:
+    """At least one token is always computed."""
+    if not want.match:
+        return want.tokens
+    return max(1, want.tokens - depth_of(want.match, worker.slot) * want.block_size)
+
+
+def fits_prefill(worker: Worker, want: Want) -> bool:
+    capacity = worker.info.capacity
+    if worker.claim or worker.refused or want.tokens > capacity.max_context:
+        return False
+    free = capacity.num_blocks - worker.blocks - worker.foreign_blocks
+    return not worker.blocks or (
+        worker.prefills < PREFILL_QUEUE * capacity.max_running and want.prefill_blocks <= free
+    )
+
+
+def fits_decode(worker: Worker, want: Want) -> bool:
+    """A worker with nothing of ours always fits: it queues or refuses by itself."""
+    capacity = worker.info.capacity
+    if worker.claim or worker.refused or want.tokens >= capacity.max_context:
+        return False
+    free = capacity.num_blocks - worker.blocks - worker.foreign_blocks
+    return not worker.blocks or (
+        worker.running < capacity.max_running and want.decode_blocks <= free
+    )
+
+
+def prefill_cost(worker: Worker, uncached: int) -> float:
+    return worker.tokens + uncached + RUNNING_COST * worker.running
+
+
+def decode_cost(worker: Worker, uncached: int) -> float:
+    crowd = (worker.blocks + worker.foreign_blocks) / max(1, worker.info.capacity.num_blocks)
+    return worker.tokens + uncached + RUNNING_COST * worker.running + FULL_COST * crowd
+
+
+def choose_prefill(group: Group, want: Want, found: Mapping[Worker, None]) -> Pick | None:
+    best: Pick | None = None
+    for worker in found:
+        if worker.incarnation in want.excluded or not fits_prefill(worker, want):
+            continue
+        uncached = uncached_tokens(worker, want)
+        cost = prefill_cost(worker, uncached)
+        if best is None or cost < best.cost:
+            best = Pick(worker, cost, uncached)
+    return best
+
+
+def choose_decode(want: Want, found: Mapping[Worker, None], *, local: bool) -> Pick | None:
+    """`local`: it prefills for itself, so what it has cached counts."""
+    best: Pick | None = None
+    for worker in found:
+        if worker.incarnation in want.excluded or not fits_decode(worker, want):
+            continue
+        uncached = uncached_tokens(worker, want) if local else 0
+        cost = decode_cost(worker, uncached)
+        if best is None or cost < best.cost:
+            best = Pick(worker, cost, uncached)
+    return best
+
+
+def should_disaggregate(here: Pick, there: Pick | None, limit: int) -> bool:
+    """The decider: a long uncached part, and a prefill worker that is not the decode worker."""
+    if there is None or here.uncached <= limit or there.worker is here.worker:
+        return False
+    both = here.worker.info.role == "both"
+    return not (both and prefill_cost(here.worker, here.uncached) <= there.cost)
