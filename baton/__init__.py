@@ -1,0 +1,1 @@
+"""The one command: `baton up | router | worker`."""

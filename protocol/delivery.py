@@ -95,12 +95,19 @@ class Inlet:
     """The receiving side of one subscription."""
 
     def __init__(
-        self, subject: str, callback: Callback, notices: Notices, *, max_bytes: int
+        self,
+        subject: str,
+        callback: Callback,
+        notices: Notices,
+        *,
+        max_bytes: int,
+        max_age_s: float = 30.0,
     ) -> None:
         self.subject = subject
         self._callback = callback
         self._notices = notices
-        self._joiner = Joiner(max_bytes=max_bytes)
+        self._joiner = Joiner(max_bytes=max_bytes, max_age_s=max_age_s)
+        self._look_every_s = min(1.0, max_age_s)
         self._told = 0
         self._timer: asyncio.TimerHandle | None = None
         self._throttle = Throttle()
@@ -140,7 +147,7 @@ class Inlet:
             self._told += lost
             self._notices.report_lost(self.subject, lost)
         if len(self._joiner) and self._timer is None and not self.closed:
-            self._timer = asyncio.get_running_loop().call_later(1.0, self._expire)
+            self._timer = asyncio.get_running_loop().call_later(self._look_every_s, self._expire)
 
     def _expire(self) -> None:
         self._timer = None

@@ -155,9 +155,9 @@ class NatsBus:
     async def close(self) -> None:
         if self._closed:
             return
-        if self._keeper is not None:
-            self._keeper.cancel()
-            await asyncio.wait([self._keeper])
+        while self._keeper is not None and not self._keeper.done():
+            self._keeper.cancel()  # Again, should nats-py have swallowed the first one.
+            await asyncio.wait([self._keeper], timeout=0.5)
         if self.connected:
             try:
                 await self.flush(timeout_s=self._config.close_timeout_s)

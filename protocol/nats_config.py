@@ -6,6 +6,8 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from protocol.settings import ProcessSettings
+
 
 class NatsConfig(msgspec.Struct, frozen=True, kw_only=True):
     """How to reach the server. Empty strings mean: not used."""
@@ -74,3 +76,18 @@ def connect_options(config: NatsConfig) -> dict[str, Any]:
         options["tls_handshake_first"] = config.tls_handshake_first
         options["tls_hostname"] = config.tls_hostname or None
     return options
+
+
+def from_settings(settings: ProcessSettings, name: str) -> NatsConfig:
+    """The connection of one process, named for the server's list of clients."""
+    return NatsConfig(
+        urls=settings.nats,
+        user=settings.nats_user,
+        password=settings.nats_password,
+        token=settings.nats_token,
+        creds_file=settings.nats_credentials,
+        tls_ca=settings.nats_ca,
+        tls_cert=settings.nats_cert,
+        tls_key=settings.nats_key,
+        name=name,
+    )

@@ -51,6 +51,10 @@ class Subjects:
         """Everything said to this router, `gone` included."""
         return f"{self._prefix}.out.{_checked(router)}.>"
 
+    def router_of(self, out_subject: str) -> str:
+        """The router an `out` subject is for."""
+        return out_subject.split(".")[3]
+
     def gone(self, router: str, worker: str, incarnation: str) -> str:
         head = f"{self._prefix}.out.{_checked(router)}.{_GONE}"
         return f"{head}.{_checked(worker)}.{_checked(incarnation)}"

@@ -41,7 +41,6 @@ class Admin:
         self._metrics = metrics
         self._state = state
         self._is_accepting = is_accepting
-        self._shown: set[tuple[str, ...]] = set()
 
     def routes(self) -> list[web.RouteDef]:
         return [
@@ -104,20 +103,20 @@ class Admin:
         scheduler = self._dispatch.scheduler
         metrics = self._metrics
         metrics.queued.set(scheduler.num_queued)
-        counts: dict[tuple[str, ...], int] = {}
-        loads: dict[tuple[str, ...], float] = {}
+        counts: dict[tuple[str, str, str], int] = {}
+        loads: dict[tuple[str, str, str], float] = {}
         for view in scheduler.workers():
             info = view.info
             for state in ("listed", "live", "eligible"):
-                key = (info.model, info.role, state)
-                counts[key] = counts.get(key, 0) + (1 if getattr(view, state) else 0)
+                what: tuple[str, str, str] = (info.model, info.role, state)
+                counts[what] = counts.get(what, 0) + (1 if getattr(view, state) else 0)
             loads[info.model, info.role, info.worker_id] = view.num_reservations
         metrics.workers.clear()
         metrics.worker_load.clear()
-        for key, count in counts.items():
-            metrics.workers.labels(*key).set(count)
-        for key, load in loads.items():
-            metrics.worker_load.labels(*key).set(load)
+        for what, count in counts.items():
+            metrics.workers.labels(*what).set(count)
+        for whose, load in loads.items():
+            metrics.worker_load.labels(*whose).set(load)
 
 
 def _worker(view: WorkerView) -> dict[str, Any]:

@@ -11,12 +11,12 @@ from typing import Any
 from aiohttp import web
 from prometheus_client import CollectorRegistry, ProcessCollector
 
+from discovery import etcd_config
 from discovery.etcd import EtcdRegistry
-from discovery.etcd_config import EtcdConfig
+from protocol import nats_config
 from protocol.bus import BusEvent
 from protocol.errors import ConfigError
 from protocol.nats_bus import NatsBus
-from protocol.nats_config import nats_config
 from protocol.subjects import Subjects
 from router.admin import Admin, package_version
 from router.catalog import Catalog
@@ -40,8 +40,9 @@ async def run_router(config: RouterConfig, stop: asyncio.Event, stop_now: asynci
     ProcessCollector(registry=registry)
     metrics = RouterMetrics(registry)
     subjects = Subjects(config.namespace)
-    bus = NatsBus(nats_config(config, name=router_id))
-    etcd = EtcdRegistry(EtcdConfig.of(config))
+    bus = NatsBus(nats_config.from_settings(config, router_id))
+    etcd = EtcdRegistry(etcd_config.from_settings(config))
+    feed: FleetFeed | None = None
     try:
         async with asyncio.TaskGroup() as tasks:
             dispatch = Dispatch(
@@ -71,7 +72,8 @@ async def run_router(config: RouterConfig, stop: asyncio.Event, stop_now: asynci
     except* _Stopped:
         pass
     finally:
-        await feed.close()
+        if feed is not None:
+            await feed.close()
         await etcd.close()
         await bus.close()
 

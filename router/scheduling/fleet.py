@@ -42,7 +42,7 @@ class Reservation:
     __slots__ = ("attempt", "blocks", "kind", "tokens", "worker")
 
     def __init__(
-        self, attempt: int, worker: "Worker", kind: ReservationKind, tokens: int, blocks: int
+        self, attempt: int, worker: Worker, kind: ReservationKind, tokens: int, blocks: int
     ) -> None:
         self.attempt = attempt
         self.worker = worker

@@ -70,6 +70,7 @@ LEG_OF: Final[dict[State, EndLeg]] = {
 """The leg that a choice is said to have ended in."""
 
 STORY_LINES: Final = 64
+_MAX_GROUPS: Final = 4
 
 EXPECTED_OUTPUT: Final = 256
 """Tokens of output that a decode worker is charged for, where more are allowed."""
@@ -111,10 +112,12 @@ class Attempt:
 class Lent:
     """A handle that a choice holds; `reservation` is the lender's."""
 
-    __slots__ = ("choice", "failures", "handle", "reservation")
+    __slots__ = ("choice", "decode_blocks", "failures", "handle", "reservation")
 
     def __init__(self, choice: "Choice", handle: KvHandle, reservation: Reservation) -> None:
         self.choice = choice
+        self.decode_blocks = choice.pending_blocks
+        """What a decode worker will be charged for it."""
         self.handle = handle
         self.reservation = reservation
         self.failures = 0
@@ -166,5 +169,7 @@ class Choice:
         if hashes is None:
             seed = seed_of(group.digest, self.spec.cache_salt)
             hashes = PromptHashes(self.spec.packed_prompt, group.block_size, seed)
-            self.hashes = {group: hashes}
+            if len(self.hashes) >= _MAX_GROUPS:
+                self.hashes.clear()
+            self.hashes[group] = hashes
         return hashes

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 from router.scheduling.fleet import Worker
-from router.scheduling.pools import PREFILL_QUEUE, Group, Pool
+from router.scheduling.pools import PREFILL_QUEUE, Pool
 from router.scheduling.prefix_index import Match, deepest, depth_of
 
 RUNNING_COST: Final = 32
@@ -108,7 +108,7 @@ def decode_cost(worker: Worker, uncached: int) -> float:
     return worker.tokens + uncached + RUNNING_COST * worker.running + FULL_COST * crowd
 
 
-def choose_prefill(group: Group, want: Want, found: Mapping[Worker, None]) -> Pick | None:
+def choose_prefill(want: Want, found: Mapping[Worker, None]) -> Pick | None:
     best: Pick | None = None
     for worker in found:
         if worker.incarnation in want.excluded or not fits_prefill(worker, want):

@@ -32,6 +32,7 @@ from router.scheduling.pools import Group
 
 _MAX_ENDED: Final = 1024
 _RENEWALS_PER_LEASE: Final = 3
+_MAX_LEVEL: Final = 16
 _MIN_RENEW_S: Final = 0.1
 _KIND_OF: Final[dict[AttemptKind, ReservationKind]] = {
     "prefill": "prefill",
@@ -146,7 +147,11 @@ class Tables:
         worker = attempt.worker
         lent = Lent(attempt.choice, handle, attempt.reservation)
         attempt.choice.lent = worker.handles[handle.handle_id] = lent
-        lease_s = min(handle.lease_s, self.limits.lease_s)
+        self.arm_renewal(worker, handle.lease_s)
+
+    def arm_renewal(self, worker: Worker, lease_s: float) -> None:
+        """Within a third of this lease, and of any that was promised before."""
+        lease_s = min(lease_s, self.limits.lease_s)
         delay_s = max(_MIN_RENEW_S, lease_s / _RENEWALS_PER_LEASE)
         due = worker.renew.due
         if due is None or due > self.bus_now + delay_s:
@@ -168,9 +173,24 @@ class Tables:
             self.fleet.free(reservation)
         self.dirty.add(worker.info.model)
         if not worker.dead:
-            self.out.append(
-                ReleaseHandle(worker.id, worker.incarnation, lent.handle.handle_id)
-            )
+            self.out.append(ReleaseHandle(worker.id, worker.incarnation, lent.handle.handle_id))
+
+    # -- suspicion
+
+    def suspect(self, worker: Worker, cause: str) -> None:
+        """No new work for a while that grows with repetition; it always ends by itself."""
+        if worker.suspected:
+            return
+        limits = self.limits
+        if self.bus_now - worker.suspected_at > 2 * limits.suspect_max_s:
+            worker.suspect_level = 0
+        pause_s = min(limits.suspect_max_s, limits.suspect_s * 2**worker.suspect_level)
+        worker.suspect_level = min(_MAX_LEVEL, worker.suspect_level + 1)
+        worker.suspected = True
+        worker.suspected_at = self.bus_now
+        self.arm_bus(worker.suspect_timer, pause_s)
+        self.fleet.refresh(worker, self.now)
+        self.out.append(Note("suspected", cause, worker.id))
 
     # -- waiting for a decode place
 
@@ -235,9 +255,9 @@ class Tables:
         self.admission.validate(self.choices)
         for choice in self.choices.values():
             _validate_choice(choice)
-        reservations = {
-            id(a.reservation) for a in self.attempts.values()
-        } | {id(c.lent.reservation) for c in self.choices.values() if c.lent is not None}
+        reservations = {id(a.reservation) for a in self.attempts.values()} | {
+            id(c.lent.reservation) for c in self.choices.values() if c.lent is not None
+        }
         attempts: dict[int, Attempt] = {}
         for worker in self.fleet.workers.values():
             attempts |= worker.attempts

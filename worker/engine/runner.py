@@ -41,6 +41,10 @@ class ModelRunner(Protocol):
     def max_context(self) -> int: ...
 
     @property
+    def vocab_size(self) -> int:
+        """Ids the model can read are below it."""
+
+    @property
     def eos_ids(self) -> frozenset[int]: ...
 
     def bind(self, arena: Arena) -> None:

@@ -12,23 +12,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from protocol.handoff import Offer
+from worker.handoff.ends import TransferEnd as TransferEnd
 from worker.kv.arena import Arena, LeaseTable, ScratchWords
-
-
-@dataclass(frozen=True, slots=True)
-class TransferEnd:
-    """The terminal state of one operation."""
-
-    ok: bool
-    reason: str = ""
-    """Why not, for people and for the metric's label (first word)."""
-    word: int | None = None
-    """The lease word, where it was read as (or right after) the last byte; else None."""
-    num_bytes: int = 0
-    seconds: float = 0.0
-    peer_gone: bool = False
-    """The source process is known to be dead or unreachable."""
-
 
 OnEnd = Callable[[TransferEnd], None]
 
@@ -52,6 +37,10 @@ class PullTicket(Protocol):
     @property
     def num_bytes_done(self) -> int:
         """Bytes that have arrived so far; read from any thread."""
+
+    def abort(self) -> None:
+        """Ask for an early end, best effort, from any thread; never blocks. Only `on_end` proves
+        that nothing more lands: some transports cannot stop what is in flight."""
 
 
 class Transfer(Protocol):

@@ -1,0 +1,65 @@
+# Everything a newcomer and CI need. Nothing is assumed but Linux, Python >= 3.11 and pip.
+PYTHON ?= python3
+ENGINE ?= torch
+PORT ?= 8000
+PREFILL ?= 1
+DECODE ?= 1
+TRANSFER ?= auto
+STATE ?= .state
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check
+
+.PHONY: help up test check fmt bench clean
+
+help:
+	@echo "make up      start nats-server, etcd, a router, a prefill and a decode worker (ENGINE=torch|simulated PORT=8000)"
+	@echo "make test    run every test"
+	@echo "make check   ruff, mypy, import contracts"
+	@echo "make fmt     format the code"
+	@echo "make bench   CPU of the router per token and per request, with simulated engines"
+
+# --- environments: each stamp is one layer, so that `make up ENGINE=simulated` needs no torch ---
+$(VENV)/.created:
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed: make PYTHON=python3.12 ..."'
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.base: $(VENV)/.created pyproject.toml constraints.txt
+	$(PIP) install -q -c constraints.txt -e '.[local]'
+	@touch $@
+
+$(VENV)/.torch: $(VENV)/.base
+	$(PIP) install -q -c constraints.txt torch==2.13.0
+	$(PIP) install -q -c constraints.txt -e '.[local,torch]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.torch
+	$(PIP) install -q -c constraints.txt -e '.[local,torch,dev]'
+	@touch $@
+
+ENV_torch := $(VENV)/.torch
+ENV_simulated := $(VENV)/.base
+
+up: $(ENV_$(ENGINE))
+	@exec $(BIN)/baton up --engine $(ENGINE) --port $(PORT) --prefill $(PREFILL) --decode $(DECODE) \
+		--transfer $(TRANSFER) --state-dir $(STATE)
+
+test: $(VENV)/.dev
+	PYTHONASYNCIODEBUG=1 $(BIN)/python -m pytest -n 2 --dist loadgroup $(TESTS)
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+fmt: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.base
+	$(BIN)/baton bench $(BENCH)
+
+clean:
+	rm -rf $(VENV) .state build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,104 @@
+"""The `baton` command line."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+from baton.logs import set_up_logs
+from baton.run import complain, run_process
+from baton.settings import add_flags, load_settings
+from protocol.errors import ConfigError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    try:
+        return _COMMANDS[args.command](args)
+    except ConfigError as error:
+        return complain(error)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="baton",
+        description="Serve large language models with prefill and decode on separate workers.",
+    )
+    parser.add_argument("--version", action="version", version=f"baton {_version()}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_up(commands.add_parser("up", help="everything on this machine, ready to ask"))
+    # The settings are imported only for the command that needs them: `baton up` starts at once.
+    wanted = sys.argv[1:2]
+    router = commands.add_parser("router", help="one router process")
+    if wanted == ["router"]:
+        from router.config import RouterConfig
+
+        add_flags(router, RouterConfig)
+    worker = commands.add_parser("worker", help="one worker process")
+    if wanted == ["worker"]:
+        from worker.config import WorkerConfig
+
+        add_flags(worker, WorkerConfig)
+    return parser
+
+
+def _version() -> str:
+    try:
+        return version("baton-serve")
+    except PackageNotFoundError:
+        return "0+unknown"
+
+
+def _add_up(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="", metavar="DIR", help="model folder; default: demo")
+    parser.add_argument("--prefill", type=int, default=1, metavar="N", help="prefill workers")
+    parser.add_argument("--decode", type=int, default=1, metavar="N", help="decode workers")
+    parser.add_argument("--both", type=int, default=0, metavar="N", help="workers of both roles")
+    parser.add_argument("--engine", choices=["torch", "simulated"], default="torch")
+    parser.add_argument("--transfer", choices=["auto", "nixl", "ucx", "shm", "tcp"], default="auto")
+    parser.add_argument("--host", default="127.0.0.1", help="where the router listens")
+    parser.add_argument("--port", type=int, default=8000, help="of the router; 0: any free one")
+    parser.add_argument("--state-dir", default="", metavar="D", help="logs, data, processes.json")
+    parser.add_argument("--log-level", default="info")
+    parser.add_argument("--log-format", choices=["text", "json"], default="text")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="ROLE.NAME=VALUE",
+        help="a setting for router or workers, e.g. router.stall_timeout_ms=3000, "
+        "prefill.max_running=4, worker.lease_ms=3000 (all workers); repeatable",
+    )
+
+
+def _up(args: argparse.Namespace) -> int:
+    from baton.up import UpOptions, run_up
+
+    set_up_logs(args.log_level, args.log_format)
+    options = UpOptions.of(args)
+    return run_process(lambda stop, stop_now: run_up(options, stop, stop_now))
+
+
+def _router(args: argparse.Namespace) -> int:
+    from router.config import RouterConfig
+    from router.main import run_router
+
+    config = load_settings(RouterConfig, args, os.environ)
+    set_up_logs(config.log_level, config.log_format)
+    return run_process(lambda stop, stop_now: run_router(config, stop, stop_now))
+
+
+def _worker(args: argparse.Namespace) -> int:
+    from baton.demo import with_model
+    from worker.config import WorkerConfig
+    from worker.main import run_worker
+
+    config = with_model(load_settings(WorkerConfig, args, os.environ))
+    set_up_logs(config.log_level, config.log_format)
+    return run_process(lambda stop, stop_now: run_worker(config, stop, stop_now))
+
+
+_COMMANDS = {"up": _up, "router": _router, "worker": _worker}

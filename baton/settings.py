@@ -1,0 +1,106 @@
+"""One config struct from a YAML file, `BATON_*` variables and flags: later ones win.
+
+Unknown keys are errors that name the nearest right one; so are values of the wrong type.
+"""
+
+import argparse
+import difflib
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import msgspec
+import yaml
+
+from protocol.errors import ConfigError
+from protocol.settings import ProcessSettings
+
+C = TypeVar("C", bound=ProcessSettings)
+
+_PREFIX: Final = "BATON_"
+_LISTS: Final = ("nats", "etcd", "api_keys")
+
+
+def add_flags(parser: argparse.ArgumentParser, config: type[ProcessSettings]) -> None:
+    """One flag for each field; flags that were not given do not appear in the namespace."""
+    parser.add_argument("--config", metavar="F", help="YAML file with the same names as the flags")
+    for field in msgspec.structs.fields(config):
+        if field.name == "labels":
+            continue
+        flag = "--" + field.name.replace("_", "-")
+        choices = _choices(field.type)
+        shown = field.default
+        parser.add_argument(
+            flag,
+            dest=field.name,
+            default=argparse.SUPPRESS,
+            choices=choices,
+            metavar=None if choices else field.name.rpartition("_")[2].upper(),
+            help=f"default: {_shown(shown)}",
+        )
+
+
+def _choices(kind: Any) -> tuple[str, ...] | None:
+    return typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else None
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, tuple):
+        return ",".join(map(str, value)) or "none"
+    return "none" if value in ("", None) else str(value).replace("%", "%%")
+
+
+def load_settings(config: type[C], args: argparse.Namespace, environ: Mapping[str, str]) -> C:
+    """Raises ConfigError with one line."""
+    names = {field.name for field in msgspec.structs.fields(config)}
+    values: dict[str, Any] = {}
+    path = getattr(args, "config", None)
+    if path is not None:
+        values.update(_checked_names(_read(Path(path)), names, str(path)))
+    given = {
+        key.removeprefix(_PREFIX).lower(): value
+        for key, value in environ.items()
+        if key.startswith(_PREFIX)
+    }
+    values.update(_checked_names(given, names, "the environment (BATON_*)"))
+    values.update({name: value for name, value in vars(args).items() if name in names})
+    for name in _LISTS:
+        if isinstance(values.get(name), str):
+            values[name] = [part.strip() for part in values[name].split(",") if part.strip()]
+    try:
+        built = msgspec.convert(values, config, strict=False)
+    except msgspec.ValidationError as error:
+        raise ConfigError(_where(str(error))) from None
+    built.check()
+    return built
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        loaded = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        text = " ".join(str(error).split())
+        raise ConfigError(f"{path} is not YAML: {text}") from None
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"{path} must be a mapping of names to values")
+    return loaded
+
+
+def _checked_names(values: Mapping[Any, Any], names: set[str], where: str) -> dict[str, Any]:
+    for name in values:
+        if name not in names:
+            near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
+            hint = f"; did you mean `{near[0]}`?" if near else ""
+            raise ConfigError(f"{where}: unknown key `{name}`{hint}")
+    return dict(values)
+
+
+def _where(text: str) -> str:
+    """msgspec says `Expected `int`, got `str` - at `$.port``: put the name first."""
+    message, _, path = text.partition(" - at `$.")
+    return f"{path.rstrip('`')}: {message}" if path else text

@@ -1,0 +1,201 @@
+"""Endings and second chances: the only places where a choice ends or goes back.
+
+`move` takes an attempt that is over, charges the choice for it and sends the work where it can go
+on: the same handle to another decode worker while the handle is good, else back to the queue to be
+prefilled again. Whether the client has tokens already only changes the name (retry, resume): the
+driver continues from what was sent. It starts nothing; what goes back is picked up by the placer.
+"""
+
+from typing import Final
+
+from protocol.errors import Outcome
+from router.scheduling.commands import EndChoice, EndLeg, Note
+from router.scheduling.deadlines import Timer
+from router.scheduling.lifecycle import LEG_OF, Attempt, Choice
+from router.scheduling.tables import Tables
+
+_MAX_PULL_FAILURES: Final = 2
+"""So many decode workers may fail on one handle before its source is blamed."""
+_PAUSE_S: Final = 0.1
+_MAX_PAUSE_S: Final = 2.0
+_KILLER: Final = "workers died under this request, also under it alone"
+
+
+class Mover:
+    def __init__(self, tables: Tables) -> None:
+        self._t = tables
+
+    def end(
+        self,
+        choice: Choice,
+        outcome: Outcome,
+        code: str = "",
+        *,
+        leg: EndLeg | None = None,
+        message: str = "",
+        retry_after_s: int | None = None,
+    ) -> None:
+        """Take it off everything it holds and tell the client."""
+        t = self._t
+        leg = leg or LEG_OF[choice.state]
+        self._let_go(choice)
+        t.unclaim(choice)
+        t.deadlines.disarm(choice.timer)
+        if choice.request_timer is not None:
+            t.deadlines.disarm(choice.request_timer)
+        choice.move("end", t.now, code or outcome)
+        t.bury(choice)
+        t.out.append(EndChoice(choice.id, outcome, leg, code, message, retry_after_s))
+
+    def _let_go(self, choice: Choice) -> None:
+        """Cancel what is out, release what is held, leave every queue."""
+        t = self._t
+        if choice.prefill is not None:
+            t.close(choice.prefill, done=False)
+        if choice.decode is not None:
+            t.close(choice.decode, done=False)
+        t.release(choice)
+        t.forget_place(choice)
+        t.admission.discard(choice)
+        if choice.backoff is not None:
+            t.deadlines.disarm(choice.backoff)
+
+    def move(
+        self,
+        attempt: Attempt,
+        cause: str,
+        *,
+        exclude: bool = True,
+        free: bool = False,
+        died: bool = False,
+        done: bool = False,
+        keep_handle: bool = True,
+        blame_handle: bool = False,
+    ) -> None:
+        """The attempt is over without an outcome; `done`: its worker said so itself.
+
+        `exclude`: not on this incarnation again. `free`: nobody's fault, not charged. `died`: the
+        process did. `blame_handle`: the pull failed, which may be the source's fault."""
+        t = self._t
+        choice = attempt.choice
+        if attempt is choice.prefill and choice.state == "decoding":
+            t.close(attempt, done=done)  # the decode leg needs nothing of it any more
+            return
+        tries = choice.tries
+        if exclude:
+            tries.excluded.add(attempt.worker.incarnation)
+        if died and (attempt.phase == "decoding" or _computes(attempt)):
+            tries.deaths += 1
+        if blame_handle and choice.lent is not None:
+            choice.lent.failures += 1
+        leg = LEG_OF[choice.state]
+        rewait = keep_handle and attempt.kind == "pull" and self._good_handle(choice)
+        resumable = attempt.worker.info.traits.resume != "none"
+        t.close(attempt, done=done)
+        if not self._may_go_on(choice, cause, leg, free=free):
+            return
+        if rewait and not tries.alone:
+            self._rewait(choice, cause, attempt.worker.id)
+        else:
+            self.requeue(choice, cause, worker=attempt.worker.id, leg=leg, resumable=resumable)
+
+    def lose_source(self, choice: Choice, cause: str) -> None:
+        """The lender died while the handle waited for a decode worker."""
+        leg = LEG_OF[choice.state]
+        lent = choice.lent
+        worker = lent.reservation.worker.id if lent is not None else ""
+        if self._may_go_on(choice, cause, leg, free=False):
+            self.requeue(choice, cause, worker=worker, leg=leg)
+
+    def _may_go_on(self, choice: Choice, cause: str, leg: EndLeg, *, free: bool) -> bool:
+        """Charge the choice; it ends here if that was the last time."""
+        t = self._t
+        tries = choice.tries
+        tries.progressed(t.view.num_output(choice.id), t.limits)
+        tries.charge(t.limits, free=free)
+        if tries.killer:
+            self.end(choice, "failed", "worker_killer", leg=leg, message=_KILLER)
+        elif tries.exhausted(t.limits):
+            message = f"gave up after {tries.charged} attempts, the last one: {cause}"
+            self.end(choice, "failed", "attempts_exhausted", leg=leg, message=message)
+        return choice.state != "ended"
+
+    def _good_handle(self, choice: Choice) -> bool:
+        """May another decode worker pull it? A source that fails them all is excluded."""
+        lent = choice.lent
+        if lent is None or choice.prefill is not None:
+            return False
+        source = lent.reservation.worker
+        if lent.failures >= _MAX_PULL_FAILURES:
+            choice.tries.excluded.add(source.incarnation)
+            return False
+        return source.live and not source.dead
+
+    def _rewait(self, choice: Choice, cause: str, worker: str) -> None:
+        """Another decode worker shall pull the same handle."""
+        t = self._t
+        lent = choice.lent
+        assert lent is not None
+        group = lent.reservation.worker.group
+        choice.move("rewait", t.now, cause)
+        t.expect_place(choice, group, lent.decode_blocks)
+        self.wait_for_place(choice)
+        t.budget.retried(t.now)
+        t.out.append(Note("retry", cause, worker, choice.id))
+
+    def wait_for_place(self, choice: Choice) -> None:
+        """It holds a handle and stands in `decode_wait`: first come, first served."""
+        t = self._t
+        group = choice.group
+        assert group is not None
+        group.waiters[choice.id] = choice
+        t.deadlines.arm(choice.timer, t.now + t.limits.decode_wait_timeout_s)
+        t.dirty.add(group.model)
+
+    def requeue(
+        self, choice: Choice, cause: str, *, worker: str, leg: EndLeg, resumable: bool = True
+    ) -> None:
+        """Everything it holds is given back; it is prefilled again, ahead of new work."""
+        t = self._t
+        resumes = t.view.num_output(choice.id) > 0
+        self._let_go(choice)
+        t.unclaim(choice)
+        if resumes and not (resumable and choice.spec.resumable):
+            message = f"the worker was lost ({cause}) and this engine cannot resume"
+            self.end(choice, "failed", "worker_failed", leg=leg, message=message)
+            return
+        choice.move("requeue", t.now, cause)
+        choice.retrying = True
+        t.admission.add(choice)
+        t.deadlines.arm(choice.timer, t.now + t.limits.queue_timeout_s)
+        t.dirty.add(choice.spec.model)
+        t.out.append(Note("resume" if resumes else "retry", cause, worker, choice.id))
+
+    def park(self, choice: Choice) -> None:
+        """Every worker has failed it: all may try again, after a pause that grows."""
+        t = self._t
+        if choice.state == "decode_wait":
+            assert choice.group is not None
+            choice.group.waiters.pop(choice.id, None)
+        t.admission.discard(choice)
+        t.admission.parked[choice.id] = choice
+        if choice.backoff is None:
+            choice.backoff = Timer("backoff", choice)
+        pause_s = min(_MAX_PAUSE_S, _PAUSE_S * 2**choice.tries.charged)
+        t.deadlines.arm(choice.backoff, t.now + pause_s * (0.5 + t.rng.random()))
+
+    def unpark(self, choice: Choice) -> None:
+        """The pause is over."""
+        t = self._t
+        del t.admission.parked[choice.id]
+        choice.tries.excluded.clear()
+        t.dirty.add(choice.spec.model)
+        if choice.state == "decode_wait":
+            assert choice.group is not None
+            choice.group.waiters[choice.id] = choice
+        else:
+            t.admission.add(choice)
+
+
+def _computes(attempt: Attempt) -> bool:
+    return attempt.kind != "pull" and attempt.phase == "accepted"

@@ -1,0 +1,259 @@
+"""From the queue to a worker: who starts next, where, and how.
+
+`drain` runs once at the end of every event that may have freed something, and starts a bounded
+number of jobs: first those that hold a handle (two workers are charged for them), then choices that
+run alone, then retries, then new work. A lane stops at its first choice that finds no place.
+"""
+
+from itertools import islice
+from typing import Final, Literal
+
+from router.scheduling.admission import Lane
+from router.scheduling.commands import Note, StartDecode, StartPrefill
+from router.scheduling.deadlines import Timer
+from router.scheduling.fleet import Model, Worker
+from router.scheduling.lifecycle import EXPECTED_OUTPUT, Choice
+from router.scheduling.moving import Mover
+from router.scheduling.policy import (
+    Pick,
+    Want,
+    candidates,
+    choose_decode,
+    choose_prefill,
+    should_disaggregate,
+)
+from router.scheduling.pools import Group
+from router.scheduling.prefix_index import Match
+from router.scheduling.tables import Tables
+
+MAX_STARTS: Final = 32
+_NO_MATCH: Final[Match] = []
+
+Placed = Literal["started", "waits", "parked"]
+
+
+class Placer:
+    def __init__(self, tables: Tables, mover: Mover) -> None:
+        self._t = tables
+        self._mover = mover
+        self._left = 0
+        self._budget_timer = Timer("drain", None)
+
+    def drain(self) -> None:
+        """Start what can be started, at most `MAX_STARTS`; the rest follows at once, as a tick."""
+        t = self._t
+        if t.frozen_at is not None:
+            return
+        dirty = t.dirty
+        t.dirty = set()
+        self._left = MAX_STARTS
+        for name in sorted(dirty) if len(dirty) > 1 else dirty:
+            model = t.fleet.models.get(name)
+            if model is None:
+                continue
+            for group in list(model.groups.values()):
+                if group.waiters:
+                    self._serve_waiters(group)
+            if t.admission.num_queued:
+                self._serve_lonely(name, model)
+                for lane in t.admission.lanes(name):
+                    self._serve_lane(lane)
+            if self._left <= 0:
+                t.dirty.add(name)
+        if t.dirty and self._left <= 0:
+            t.deadlines.arm(t.drain_timer, t.now)
+
+    # -- the queues
+
+    def _serve_waiters(self, group: Group) -> None:
+        """A few may overtake one that fits nowhere now: its place may be what they lend."""
+        for choice in list(islice(group.waiters.values(), MAX_STARTS)):
+            if self._left > 0 and group.decode.order:
+                self._pull(choice, group)
+
+    def _serve_lonely(self, name: str, model: Model) -> None:
+        for choice in list(self._t.admission.lonely.values()):
+            if choice.spec.model == name and self._left > 0:
+                self._place_alone(choice, model)
+
+    def _serve_lane(self, lane: Lane) -> None:
+        t = self._t
+        while lane.retries and self._left > 0:
+            if not t.budget.allows(t.now):
+                t.deadlines.arm(self._budget_timer, t.budget.next_change())
+                break
+            if self._place(next(iter(lane.retries.values()))) == "waits":
+                return
+        while lane.fresh and self._left > 0:
+            if self._place(next(iter(lane.fresh.values()))) == "waits":
+                return
+
+    # -- one choice
+
+    def _place(self, choice: Choice) -> Placed:
+        """Start a queued choice where it costs least, over all groups that may serve it."""
+        t = self._t
+        spec = choice.spec
+        best: tuple[Pick, Pick | None, Group, Want] | None = None
+        failed_by_all = bool(choice.tries.excluded)
+        for group in t.fleet.models[spec.model].groups.values():
+            if not group.decode.order or (spec.model_digest and spec.model_digest != group.digest):
+                continue
+            failed_by_all = failed_by_all and group.decode.all_in(choice.tries.excluded)
+            want = self._want(choice, group)
+            if group.has_place(want.decode_blocks):
+                self._look_up(choice, group, want)
+                found = self._plan(group, want)
+                if found is not None and (best is None or found[0].cost < best[0].cost):
+                    best = (*found, group, want)
+        if best is not None:
+            self._start(choice, *best)
+            return "started"
+        if failed_by_all and self._has_decode(choice):
+            self._left -= 1
+            self._mover.park(choice)
+            return "parked"
+        return "waits"
+
+    def _has_decode(self, choice: Choice) -> bool:
+        groups = self._t.fleet.models[choice.spec.model].groups.values()
+        digest = choice.spec.model_digest
+        return any(g.decode.order and digest in ("", g.digest) for g in groups)
+
+    def _want(self, choice: Choice, group: Group) -> Want:
+        t = self._t
+        spec = choice.spec
+        output = t.view.num_output(choice.id) if choice.retrying else 0
+        tokens = spec.num_prompt_tokens + output
+        expected = max(1, min(spec.max_tokens - output, EXPECTED_OUTPUT))
+        size = group.block_size
+        return Want(
+            tokens,
+            -(-tokens // size),
+            -(-(tokens + expected) // size),
+            size,
+            choice.tries.excluded,
+            _NO_MATCH,
+            t.limits.num_samples,
+        )
+
+    def _look_up(self, choice: Choice, group: Group, want: Want) -> None:
+        """Who has the beginning of the prompt."""
+        index = self._t.fleet.index
+        if choice.spec.packed_prompt and index.num_pairs:
+            want.match = index.match(choice.hashes_for(group))
+
+    def _plan(self, group: Group, want: Want) -> tuple[Pick, Pick | None] | None:
+        """(decode worker, prefill worker or None if the decode worker does it all)."""
+        t = self._t
+        fleet = t.fleet
+        slots = fleet.index.num_slots
+        found = candidates(group.decode, want, fleet.by_slot, t.rng, slots)
+        here = choose_decode(want, found, local=True)
+        if here is None:
+            return None
+        if here.uncached <= t.limits.local_prefill_tokens:
+            return here, None
+        found = candidates(group.prefill, want, fleet.by_slot, t.rng, slots)
+        there = choose_prefill(want, found)
+        if there is None and not group.prefill.all_in(want.excluded):
+            return None  # prefill workers are busy: their queue is here
+        if not should_disaggregate(here, there, t.limits.local_prefill_tokens):
+            return here, None
+        return here, there
+
+    def _start(
+        self, choice: Choice, here: Pick, there: Pick | None, group: Group, want: Want
+    ) -> None:
+        t = self._t
+        self._leave_queue(choice)
+        if there is None:
+            self._start_local(choice, here.worker, here.uncached, want.decode_blocks)
+            disaggregates = here.uncached > t.limits.local_prefill_tokens
+            if disaggregates and group.prefill.all_in(want.excluded):
+                note = Note("local_prefill", "no_prefill_worker", here.worker.id, choice.id)
+                t.out.append(note)
+            return
+        worker = there.worker
+        choice.move("start_prefill", t.now, worker.id)
+        t.expect_place(choice, group, want.decode_blocks)
+        attempt = t.open(choice, worker, "prefill", there.uncached, want.prefill_blocks)
+        t.out.append(StartPrefill(attempt.id, choice.id, worker.id, worker.incarnation))
+
+    def _start_local(self, choice: Choice, worker: Worker, tokens: int, blocks: int) -> None:
+        t = self._t
+        choice.move("start_local", t.now, worker.id)
+        attempt = t.open(choice, worker, "local", tokens, blocks)
+        t.out.append(StartDecode(attempt.id, choice.id, worker.id, worker.incarnation, None))
+
+    def _leave_queue(self, choice: Choice) -> None:
+        t = self._t
+        self._left -= 1
+        t.admission.discard(choice)
+        t.deadlines.disarm(choice.timer)
+        if choice.retrying:
+            t.budget.retried(t.now)
+        else:
+            t.budget.admitted(t.now)
+
+    def _pull(self, choice: Choice, group: Group) -> None:
+        """Find a decode worker for a choice that holds a handle, on today's load."""
+        t = self._t
+        lent = choice.lent
+        assert lent is not None
+        tries = choice.tries
+        output = t.view.num_output(choice.id)
+        tokens = choice.spec.num_prompt_tokens + output
+        want = Want(
+            tokens, 0, lent.decode_blocks, group.block_size, tries.excluded, _NO_MATCH,
+            t.limits.num_samples,
+        )  # fmt: skip
+        found = candidates(group.decode, want, t.fleet.by_slot, t.rng, 1)
+        pick = choose_decode(want, found, local=False)
+        if pick is None:
+            if tries.excluded and group.decode.all_in(tries.excluded):
+                self._mover.park(choice)
+            return
+        self._left -= 1
+        t.deadlines.disarm(choice.timer)
+        t.forget_place(choice)
+        worker = pick.worker
+        choice.move("start_pull", t.now, worker.id)
+        attempt = t.open(choice, worker, "pull", 0, lent.decode_blocks)
+        t.out.append(StartDecode(attempt.id, choice.id, worker.id, worker.incarnation, lent.handle))
+
+    # -- alone
+
+    def _place_alone(self, choice: Choice, model: Model) -> None:
+        """Two processes died under it: it gets a worker of its own, once that has run empty."""
+        t = self._t
+        worker = t.claims.get(choice.id)
+        if worker is None or not worker.seats:
+            t.unclaim(choice)
+            worker = self._quietest(choice, model)
+            if worker is None:
+                return
+            t.claim(choice, worker)
+        if worker.reservations:
+            return
+        want = self._want(choice, worker.group)
+        self._leave_queue(choice)
+        self._start_local(choice, worker, want.tokens, want.decode_blocks)
+
+    def _quietest(self, choice: Choice, model: Model) -> Worker | None:
+        """A look at every decode worker: rare enough."""
+        digest = choice.spec.model_digest
+        fitting = [
+            seat.worker
+            for group in model.groups.values()
+            if digest in ("", group.digest)
+            for seat in group.decode.order
+            if not seat.worker.claim
+            and choice.spec.num_prompt_tokens < seat.worker.info.capacity.max_context
+        ]
+        excluded = choice.tries.excluded
+        return min(
+            fitting,
+            key=lambda w: (w.incarnation in excluded, len(w.reservations), w.id),
+            default=None,
+        )

@@ -1,0 +1,274 @@
+"""What only the NATS adapter has: credentials, TLS, and connections that the server closes."""
+
+import asyncio
+import datetime
+import ipaddress
+import logging
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from protocol.errors import BusError, BusOverflow, ConfigError, LocalError
+from protocol.nats_bus import NatsBus, NatsConfig
+from tests.contract.bus_worlds import PATIENCE_S, Listener
+from tests.contract.nats_server import NatsServer
+
+ALICE = 'authorization { users = [{user: "alice", password: "secret"}] }'
+NOBODY = 'authorization { users = [{user: "bob", password: "other"}] }'
+
+Serve = Callable[[str], NatsServer]
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Serve]:
+    servers: list[NatsServer] = []
+
+    def start(config: str) -> NatsServer:
+        servers.append(NatsServer(tmp_path, config))
+        servers[-1].start()
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.kill()
+
+
+@asynccontextmanager
+async def running(config: NatsConfig) -> AsyncIterator[tuple[NatsBus, Listener]]:
+    bus, heard = NatsBus(config), Listener()
+    bus.on_event(heard.on_event)
+    try:
+        async with asyncio.timeout(PATIENCE_S):
+            await bus.start()
+            await bus.subscribe("s", heard)
+            bus.publish("s", b"hello")
+            await heard.have(1)
+        yield bus, heard
+    finally:
+        await bus.close()
+
+
+async def refused(config: NatsConfig, caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What is said while the bus tries in vain."""
+    bus = NatsBus(config)
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        starting = asyncio.ensure_future(bus.start())
+        done, _ = await asyncio.wait([starting], timeout=0.7)
+        assert not done
+        starting.cancel()
+        await asyncio.wait([starting])
+    await bus.close()
+    assert all(record.exc_info is None for record in caplog.records)
+    return [record.getMessage() for record in caplog.records]
+
+
+async def test_user_and_password(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    url = serve(ALICE).url
+    async with running(NatsConfig(urls=(url,), user="alice", password="secret")):
+        pass
+    wrong = NatsConfig(urls=(url,), user="alice", password="hunter2")
+    said = await refused(wrong, caplog)
+    assert any("refuses our credentials" in line for line in said)
+    assert len(said) == len(set(said)) <= 2  # The server may also cut the connection short.
+    assert "hunter2" not in "".join(said) + repr(wrong)
+
+
+async def test_a_password_in_the_url_is_used_and_not_said(
+    serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = serve(ALICE)
+    config = NatsConfig(urls=(f"nats://alice:secret@127.0.0.1:{server.port}",))
+    with caplog.at_level(logging.INFO):
+        async with running(config) as (_, heard):
+            server.kill()
+            await heard.until(lambda: "down" in heard.kinds)
+    assert str(server.port) in caplog.text
+    assert "secret" not in caplog.text + repr(config)
+
+
+async def test_a_token(serve: Serve) -> None:
+    server = serve('authorization { token: "t0ken" }')
+    async with running(NatsConfig(urls=(server.url,), token="t0ken")):
+        pass
+
+
+async def test_revoked_credentials_are_tried_again_until_they_work(
+    serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = serve(ALICE)
+    config = NatsConfig(urls=(server.url,), user="alice", password="secret", ping_interval_s=0.2)
+    async with running(config) as (bus, heard):
+        server.reload(NOBODY)
+        await heard.until(lambda: "down" in heard.kinds)
+        while "refuses our credentials" not in caplog.text:  # noqa: ASYNC110  logs have no event
+            await asyncio.sleep(0.02)
+        server.reload(ALICE)
+        await heard.until(lambda: heard.kinds == ["up", "down", "up"])
+        bus.publish("s", b"again")
+        await heard.until(lambda: b"again" in heard.payloads)
+        await bus.flush(timeout_s=5)
+
+
+async def test_a_connection_closed_for_good_is_replaced(serve: Serve) -> None:
+    """A server whose payload limit was lowered refuses what it took before, and hangs up."""
+    server = serve("")
+    config = NatsConfig(urls=(server.url,), ping_interval_s=0.2)
+    async with running(config) as (bus, heard):
+        server.reload("max_payload: 100KB")
+        while heard.kinds[-1] != "down":  # The reload has no event that we could wait for.
+            bus.publish("s", bytes(500_000))
+            try:
+                await bus.flush(timeout_s=0.1)
+            except BusError:
+                pass
+        await heard.until(lambda: heard.kinds[-1] == "up")
+        bus.publish("s", b"x" * 500_000)
+        await heard.until(lambda: heard.payloads[-1] == b"x" * 500_000)
+        assert (bus.lost, heard.kinds) == (0, ["up", "down", "up"])
+
+
+async def test_a_server_that_freezes_again_and_again(serve: Serve) -> None:
+    server = serve("")
+    config = NatsConfig(
+        urls=(server.url,), ping_interval_s=0.1, connect_timeout_s=0.2, reconnect_wait_s=0.05
+    )
+    async with running(config) as (bus, heard):
+        for text in (b"1", b"2"):
+            heard.events.clear()
+            server.freeze()
+            await heard.until(lambda: heard.kinds == ["down"])
+            await asyncio.sleep(0.7)  # Some attempts to connect to the frozen server fail.
+            server.thaw()
+            await heard.until(lambda: heard.kinds == ["down", "up"])
+            bus.publish("s", text)
+            await bus.flush(timeout_s=5)
+            assert heard.payloads[-1] == text
+
+
+async def test_nothing_waits_for_pongs_that_come_late(serve: Serve) -> None:
+    """A flush that timed out must not harm the connection when the server answers after all."""
+    server = serve("")
+    async with running(NatsConfig(urls=(server.url,))) as (bus, heard):
+        server.freeze()
+        for _ in range(3):
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.05):
+                    await bus.flush(timeout_s=5)
+        server.thaw()
+        await bus.flush(timeout_s=5)
+        bus.publish("s", b"alive")
+        await heard.have(2)
+        assert heard.kinds == ["up"]
+
+
+def certify(folder: Path) -> tuple[Path, Path]:
+    """A self-signed certificate for 127.0.0.1 and its key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "baton test")])
+    now = datetime.datetime.now(datetime.UTC)
+    address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([address]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    cert_file, key_file = folder / "cert.pem", folder / "key.pem"
+    cert_file.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    key_file.write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+    )
+    return cert_file, key_file
+
+
+@pytest.mark.parametrize("first", [False, True])
+async def test_mutual_tls(
+    serve: Serve, tmp_path: Path, caplog: pytest.LogCaptureFixture, first: bool
+) -> None:
+    cert, key = map(str, certify(tmp_path))
+    tls = f'cert_file: "{cert}", key_file: "{key}", ca_file: "{cert}", verify: true'
+    server = serve(f"tls {{ {tls}, handshake_first: {str(first).lower()} }}")
+    config = NatsConfig(
+        urls=(f"tls://127.0.0.1:{server.port}",),
+        tls_ca=cert,
+        tls_cert=cert,
+        tls_key=key,
+        tls_handshake_first=first,
+    )
+    async with running(config) as (bus, heard):
+        bus.publish("s", bytes(5 << 20))
+        await heard.have(2)
+        server.kill()
+        await heard.until(lambda: "down" in heard.kinds)
+        server.start()
+        await heard.until(lambda: heard.kinds == ["up", "down", "up"])
+        bus.publish("s", b"again")
+        await heard.have(3)
+    stranger = NatsConfig(urls=(server.url,), tls_hostname="127.0.0.1", tls_handshake_first=first)
+    (said,) = await refused(stranger, caplog)
+    assert "certificate" in said.lower()
+
+
+async def test_tls_never_falls_back_to_plain_text(
+    serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = serve("")
+    config = NatsConfig(urls=(f"tls://127.0.0.1:{server.port}",), password="x", user="y")
+    (said,) = await refused(config, caplog)
+    assert "offers no TLS" in said
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        NatsConfig(urls=()),
+        NatsConfig(urls=("ws://127.0.0.1:1",)),
+        NatsConfig(urls=("nats://:4222",)),
+        NatsConfig(tls_ca="/does/not/exist.pem"),
+        NatsConfig(nkey_seed_file="/does/not/exist.nk"),
+    ],
+)
+async def test_what_waiting_cannot_heal_is_a_configuration_error(config: NatsConfig) -> None:
+    bus = NatsBus(config)
+    with pytest.raises(ConfigError):
+        await bus.start()
+    await bus.close()
+
+
+async def test_a_bus_is_started_once(serve: Serve) -> None:
+    async with running(NatsConfig(urls=(serve("").url,))) as (bus, _):
+        with pytest.raises(LocalError):
+            await bus.start()
+
+
+async def test_before_start_and_after_close_nothing_is_sent(serve: Serve) -> None:
+    bus = NatsBus(NatsConfig(urls=(serve("").url,)))
+    with pytest.raises(BusOverflow):
+        bus.publish("s", b"")
+    early = Listener()
+    await bus.subscribe("s", early)
+    await bus.start()
+    bus.publish("s", b"1")
+    await early.have(1)
+    await bus.close()
+    with pytest.raises(BusError):
+        bus.publish("s", b"")
+    with pytest.raises(BusError):
+        await bus.subscribe("s", early)

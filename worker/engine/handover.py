@@ -1,0 +1,399 @@
+"""The two ends of a hand-off, driven: `Lender` gives blocks out, `Puller` fetches blocks.
+
+The rules are in `worker.handoff`; here its commands become transfers and pool references. Lives in
+the engine's thread; what transports report from their threads comes in through `post`.
+"""
+
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from protocol.blocks import pack_ids, unpack_ids
+from protocol.errors import LocalError
+from protocol.handoff import KvHandle, Offer, RankKv
+from protocol.ids import JobKey
+from protocol.out import FailureCode
+from worker.engine.base import DecodingInfo
+from worker.engine.batching import blocks_for
+from worker.engine.messages import OperationEnded
+from worker.engine.sequences import ActiveSequence
+from worker.handoff.ends import TransferEnd
+from worker.handoff.sink import (
+    Command,
+    FreeBlocks,
+    PostData,
+    PostWord,
+    Pull,
+    PullFailed,
+    Quarantine,
+    Ready,
+    Sink,
+)
+from worker.handoff.source import Lease, Source
+from worker.kv.arena import ScratchWords
+from worker.kv.pool import BlockPool
+from worker.transfer.base import PullSpec, PullTicket, Transfer
+from worker.transfer.select import NoTransfer, choose
+
+PROGRESS_S = 0.5
+"""Progress is looked at, and told, this often."""
+
+
+@dataclass(frozen=True, slots=True)
+class PullReady:
+    """The sequence's KV is here and checked."""
+
+    sequence: ActiveSequence
+    info: DecodingInfo
+
+
+@dataclass(frozen=True, slots=True)
+class PullLost:
+    """The KV did not come; the blocks that were to hold it are taken care of."""
+
+    sequence: ActiveSequence
+    code: FailureCode
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class PullMoved:
+    """Bytes have arrived."""
+
+    sequence: ActiveSequence
+    done: int
+    total: int
+
+
+PullOutcome = PullReady | PullLost | PullMoved
+
+
+@dataclass(frozen=True, slots=True)
+class HandleIdentity:
+    """What every handle of this worker says."""
+
+    worker: str
+    incarnation: str
+    block_size: int
+    lease_s: float
+
+
+class Lender:
+    """Lends blocks of finished prefills, and remembers for whom."""
+
+    def __init__(
+        self,
+        source: Source,
+        identity: HandleIdentity,
+        offers: Sequence[Offer],
+        *,
+        nonce: Callable[[], int],
+    ) -> None:
+        self._source = source
+        self._identity = identity
+        self._offers = list(offers)
+        self._nonce = nonce
+        self._handles: dict[JobKey, str] = {}
+        self._keys: dict[str, JobKey] = {}
+
+    def __contains__(self, key: JobKey) -> bool:
+        """Whether blocks are lent for this attempt."""
+        return key in self._handles
+
+    @property
+    def num_lent(self) -> int:
+        return self._source.num_lent
+
+    @property
+    def ended(self) -> dict[str, int]:
+        return dict(self._source.ended)
+
+    def lend(self, sequence: ActiveSequence, now: float) -> KvHandle | None:
+        """Lend all blocks of its computed tokens, whose KV is written. None: no slot is free."""
+        identity, num_tokens = self._identity, sequence.num_computed
+        blocks = sequence.blocks[: blocks_for(num_tokens, identity.block_size)]
+        handle_id = f"{self._nonce():016x}{self._nonce():016x}"
+        lease = self._source.lend(handle_id, blocks, self._nonce(), now)
+        if lease is None:
+            return None
+        self._handles[sequence.key] = handle_id
+        self._keys[handle_id] = sequence.key
+        rank = RankKv(pack_ids(blocks), lease.slot, lease.nonce, self._offers)
+        return KvHandle(
+            handle_id=handle_id,
+            worker=identity.worker,
+            incarnation=identity.incarnation,
+            num_tokens=num_tokens,
+            block_size=identity.block_size,
+            content_hash=sequence.content_hash(num_tokens),
+            lease_s=identity.lease_s,
+            ranks=[rank],
+        )
+
+    def renew(self, handle_ids: Sequence[str], now: float) -> None:
+        self._source.renew(handle_ids, now)
+
+    def release(self, handle_ids: Sequence[str], now: float) -> None:
+        self._forget(self._source.release(handle_ids, now))
+
+    def revoke(self, key: JobKey, now: float) -> None:
+        """The attempt was cancelled: nobody will fetch what was lent for it."""
+        if key in self._handles:
+            self._forget(self._source.revoke([self._handles[key]], now))
+
+    def expire(self, now: float) -> None:
+        deadline = self._source.next_deadline()
+        if deadline is not None and deadline <= now:
+            self._forget(self._source.expire(now))
+
+    def next_deadline(self) -> float | None:
+        return self._source.next_deadline()
+
+    def validate(self) -> None:
+        """Raises LocalError where a rule is broken."""
+        self._source.validate()
+        if len(self._handles) != len(self._keys) or len(self._keys) != self.num_lent:
+            raise LocalError(f"{len(self._handles)} attempts lent, {self.num_lent} leases")
+
+    def _forget(self, leases: Sequence[Lease]) -> None:
+        for lease in leases:
+            key = self._keys.pop(lease.handle_id, None)
+            if key is not None:
+                del self._handles[key]
+
+
+@dataclass(slots=True, eq=False)
+class _Pulling:
+    """A pull that the sink knows."""
+
+    pull: Pull
+    transfer: Transfer
+    spec: PullSpec
+    started_at: float
+    sequence: ActiveSequence | None
+    """None once nobody waits for it."""
+    ticket: PullTicket | None = None
+    num_bytes: int = 0
+    quarantined: bool = False
+    reported_at: float = 0.0
+
+
+@dataclass(slots=True)
+class PullCounts:
+    """For `/metrics`."""
+
+    results: dict[tuple[str, str], int] = field(default_factory=dict)
+    num_bytes: dict[str, int] = field(default_factory=dict)
+
+    def add(self, transport: str, result: str) -> None:
+        self.results[transport, result] = self.results.get((transport, result), 0) + 1
+
+
+class Puller:
+    """Fetches the blocks of decode legs that come with a handle."""
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        sink: Sink,
+        transfers: Sequence[Transfer],
+        scratch: ScratchWords,
+        *,
+        block_bytes: int,
+        post: Callable[[OperationEnded], None],
+    ) -> None:
+        self._pool = pool
+        self._sink = sink
+        self._transfers = list(transfers)
+        self._scratch = scratch
+        self._block_bytes = block_bytes
+        self._post = post
+        self._pulls: dict[int, _Pulling] = {}
+        self._ids: dict[ActiveSequence, int] = {}
+        self._next_id = 1
+        self._looked_at = 0.0
+        self.counts = PullCounts()
+
+    @property
+    def num_pulling(self) -> int:
+        """Sequences that wait for their KV."""
+        return len(self._ids)
+
+    @property
+    def over_bound(self) -> bool:
+        """More blocks are in quarantine than this worker may lose sight of."""
+        return self._sink.over_bound
+
+    def begin(self, sequence: ActiveSequence, now: float) -> list[PullOutcome]:
+        """Fetch what the placed `sequence` lacks. The blocks it got for that are its own again only
+        with `PullReady`."""
+        handle = sequence.handle
+        if handle is None or len(handle.ranks) != 1:
+            return [PullLost(sequence, "handle_mismatch", "the handle is not of one rank")]
+        missing = _missing_blocks(sequence, handle)
+        if not missing:
+            return self._begin_cached(sequence, handle)
+        chosen = choose(self._transfers, handle.ranks[0].offers)
+        if isinstance(chosen, NoTransfer):
+            self.counts.add("none", "transfer_failed")
+            return [PullLost(sequence, "transfer_failed", f"no transport fits: {chosen}")]
+        try:
+            remote = unpack_ids(handle.ranks[0].blocks)[missing.start : missing.stop]
+        except ValueError:
+            return [PullLost(sequence, "handle_mismatch", "the handle's blocks are damaged")]
+        local = sequence.blocks[missing.start : missing.stop]
+        rank = handle.ranks[0]
+        spec = PullSpec(
+            chosen.offer, remote, array("I", local), self._block_bytes, rank.slot, rank.nonce
+        )
+        expected = sequence.content_hash(handle.num_tokens)
+        pull = Pull(handle, expected, tuple(local), tuple(remote), handle.num_tokens)
+        del sequence.blocks[missing.start : missing.stop]
+        return self._start(
+            _Pulling(pull, chosen.transfer, spec, now, sequence, reported_at=now), now
+        )
+
+    def ended(self, message: OperationEnded, now: float) -> list[PullOutcome]:
+        """An operation is terminal."""
+        pulling = self._pulls.get(message.pull_id)
+        if pulling is not None and not message.is_word:
+            pulling.num_bytes = max(pulling.num_bytes, message.end.num_bytes)
+        handle = self._sink.word_ended if message.is_word else self._sink.data_ended
+        return self._run(handle(message.pull_id, message.end, now), now)
+
+    def abandon(self, sequence: ActiveSequence, now: float) -> None:
+        """Nobody waits for it any more."""
+        pull_id = self._ids.pop(sequence, None)
+        if pull_id is not None:
+            pulling = self._pulls[pull_id]
+            pulling.sequence = None
+            self.counts.add(pulling.transfer.name, "abandoned")
+            self._run(self._sink.abandon(pull_id, now), now)
+
+    def tick(self, now: float) -> list[PullOutcome]:
+        """Look at how far the pulls are; give up those that make no progress."""
+        outcomes: list[PullOutcome] = []
+        deadline = self._sink.next_deadline()
+        due = deadline is not None and deadline <= now
+        if self._pulls and (due or now - self._looked_at >= PROGRESS_S):
+            self._looked_at = now
+            for pull_id, pulling in self._pulls.items():
+                outcomes += self._look(pull_id, pulling, now)
+        if due:
+            outcomes += self._run(self._sink.tick(now), now)
+        return outcomes
+
+    def next_deadline(self) -> float | None:
+        deadline = self._sink.next_deadline()
+        if not self._pulls:
+            return deadline
+        look = self._looked_at + PROGRESS_S
+        return look if deadline is None else min(deadline, look)
+
+    def validate(self) -> None:
+        """Raises LocalError where a rule is broken."""
+        self._sink.validate()
+        if any(self._pulls[number].sequence is not one for one, number in self._ids.items()):
+            raise LocalError("a pull is of another sequence than the one that waits for it")
+
+    def _begin_cached(self, sequence: ActiveSequence, handle: KvHandle) -> list[PullOutcome]:
+        """All of it is in our own cache, computed from the same tokens under the same model."""
+        if sequence.content_hash(handle.num_tokens) != handle.content_hash:
+            return [
+                PullLost(sequence, "handle_mismatch", "the handle is of another prompt or model")
+            ]
+        return [PullReady(sequence, DecodingInfo(transport="cache"))]
+
+    def _start(self, pulling: _Pulling, now: float) -> list[PullOutcome]:
+        pull_id, self._next_id = self._next_id, self._next_id + 1
+        if not self._pulls:
+            self._looked_at = now
+        self._pulls[pull_id] = pulling
+        if pulling.sequence is not None:
+            self._ids[pulling.sequence] = pull_id
+        return self._run(self._sink.begin(pull_id, pulling.pull, now), now)
+
+    def _look(self, pull_id: int, pulling: _Pulling, now: float) -> list[PullOutcome]:
+        done = pulling.ticket.num_bytes_done if pulling.ticket is not None else 0
+        if done <= pulling.num_bytes:
+            return []
+        pulling.num_bytes = done
+        self._sink.progressed(pull_id, done, now)
+        if pulling.sequence is None or now - pulling.reported_at < PROGRESS_S:
+            return []
+        pulling.reported_at = now
+        total = len(pulling.spec.local) * self._block_bytes
+        return [PullMoved(pulling.sequence, done, total)]
+
+    def _run(self, commands: Sequence[Command], now: float) -> list[PullOutcome]:
+        outcomes: list[PullOutcome] = []
+        for command in commands:
+            match command:
+                case PostData(pull_id=pull_id):
+                    self._post_data(pull_id, self._pulls[pull_id])
+                case PostWord(pull_id=pull_id, scratch_slot=slot):
+                    self._post_word(pull_id, self._pulls[pull_id], slot)
+                case Quarantine(pull_id=pull_id, blocks=blocks):
+                    self._pulls[pull_id].quarantined = True
+                    self._pool.quarantine(blocks)
+                case FreeBlocks(pull_id=pull_id, blocks=blocks):
+                    self._free(self._pulls.pop(pull_id), blocks)
+                case Ready(pull_id=pull_id):
+                    outcomes += self._ready(self._pulls.pop(pull_id), now)
+                case PullFailed(pull_id=pull_id, code=code, message=message):
+                    outcomes += self._lost(self._pulls[pull_id], code, message)
+        return outcomes
+
+    def _post_data(self, pull_id: int, pulling: _Pulling) -> None:
+        def on_end(end: TransferEnd) -> None:
+            self._post(OperationEnded(pull_id, False, end))
+
+        try:
+            pulling.ticket = pulling.transfer.pull(pulling.spec, on_end)
+        except Exception as error:  # noqa: BLE001  a handle's offer is the peer's word
+            on_end(TransferEnd(ok=False, reason=f"refused: {error}"))
+
+    def _post_word(self, pull_id: int, pulling: _Pulling, slot: int) -> None:
+        def on_end(end: TransferEnd) -> None:
+            self._post(OperationEnded(pull_id, True, end))
+
+        self._scratch.zero(slot)
+        try:
+            pulling.transfer.read_word(pulling.spec, slot, on_end)
+        except Exception as error:  # noqa: BLE001  as above
+            on_end(TransferEnd(ok=False, reason=f"refused: {error}"))
+
+    def _free(self, pulling: _Pulling, blocks: Sequence[int]) -> None:
+        if pulling.quarantined:
+            self._pool.unquarantine(blocks)
+        else:
+            self._pool.release(blocks)
+
+    def _ready(self, pulling: _Pulling, now: float) -> list[PullOutcome]:
+        transport, num_bytes = pulling.transfer.name, len(pulling.spec.local) * self._block_bytes
+        self.counts.add(transport, "ok")
+        self.counts.num_bytes[transport] = self.counts.num_bytes.get(transport, 0) + num_bytes
+        sequence = pulling.sequence
+        if sequence is None:
+            self._pool.release(pulling.pull.local_blocks)
+            return []
+        del self._ids[sequence]
+        first = sequence.num_stored
+        sequence.blocks[first:first] = pulling.pull.local_blocks
+        seconds = now - pulling.started_at
+        info = DecodingInfo(0, transport, num_bytes, seconds)
+        return [PullReady(sequence, info)]
+
+    def _lost(self, pulling: _Pulling, code: FailureCode, message: str) -> list[PullOutcome]:
+        self.counts.add(pulling.transfer.name, code)
+        sequence, pulling.sequence = pulling.sequence, None
+        if sequence is None:
+            return []
+        del self._ids[sequence]
+        return [PullLost(sequence, code, message)]
+
+
+def _missing_blocks(sequence: ActiveSequence, handle: KvHandle) -> range:
+    """Which blocks of the handle are not in the sequence's cached prefix."""
+    end = blocks_for(handle.num_tokens, sequence.limits.block_size)
+    return range(sequence.num_stored, end)

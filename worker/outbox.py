@@ -1,0 +1,143 @@
+"""What this worker has said about each attempt, kept until the router has it.
+
+Core messaging loses messages, so every outcome can be asked for again: an attempt's record holds
+its outcome and its deltas exactly as they were sent. A record lives until the router's `Done`, or
+`linger_s` after the attempt has ended, or until the bound on records pushes the oldest ended out.
+Knows routers and attempts, not engines; time is an argument.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from protocol.ids import JobKey
+from protocol.out import Accepted, Decoding, Delta, Failed, Leg, Out, Prefilled, StepFrame
+
+Post = Callable[[str, Out], None]
+"""(router, message): goes into that router's next envelope."""
+
+
+@dataclass(slots=True)
+class Record:
+    """One attempt's story, as told to its router."""
+
+    leg: Leg
+    accepted: Accepted | None = None
+    prefilled: Prefilled | None = None
+    decoding: Decoding | None = None
+    failed: Failed | None = None
+    deltas: list[Delta] = field(default_factory=list)
+    ended: bool = False
+
+    def heard_of(self) -> bool:
+        """Whether the router has been told anything."""
+        return bool(self.accepted or self.prefilled or self.decoding or self.failed or self.deltas)
+
+
+class Outbox:
+    """All records of one worker."""
+
+    def __init__(self, post: Post, *, linger_s: float, max_ended: int = 16_384) -> None:
+        self._post = post
+        self._linger_s = linger_s
+        self._max_ended = max_ended
+        self._records: dict[JobKey, Record] = {}
+        self._ended: OrderedDict[JobKey, float] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __contains__(self, key: JobKey) -> bool:
+        return key in self._records
+
+    def keys_of(self, router: str) -> list[JobKey]:
+        return [key for key in self._records if key.router == router]
+
+    def is_open(self, key: JobKey) -> bool:
+        """Whether the engine may still say something about it."""
+        record = self._records.get(key)
+        return record is not None and not record.ended
+
+    def open(self, key: JobKey, leg: Leg) -> None:
+        self._records[key] = Record(leg)
+
+    def accept(self, key: JobKey, message: Accepted | None = None) -> None:
+        """Say that the job is here, unless something better has been said already."""
+        record = self._records.get(key)
+        if record is not None and not record.heard_of():
+            record.accepted = message or Accepted(key.attempt)
+            self._post(key.router, record.accepted)
+
+    def prefilled(self, key: JobKey, message: Prefilled, now: float) -> None:
+        record = self._records.get(key)
+        if record is None:
+            return
+        record.prefilled = message
+        self._end(key, record, now)
+        self._post(key.router, message)
+
+    def decoding(self, key: JobKey, message: Decoding) -> None:
+        record = self._records.get(key)
+        if record is not None:
+            record.decoding = message
+            self._post(key.router, message)
+
+    def failed(self, key: JobKey, message: Failed, now: float) -> None:
+        record = self._records.get(key)
+        if record is not None:
+            record.failed = message
+            self._end(key, record, now)
+            self._post(key.router, message)
+
+    def step(self, deltas: Iterable[tuple[JobKey, Delta]], now: float) -> None:
+        """One frame for each router that has a delta in this step."""
+        frames: dict[str, list[Delta]] = {}
+        records = self._records
+        for key, delta in deltas:
+            record = records.get(key)
+            if record is None:
+                continue
+            record.deltas.append(delta)
+            frames.setdefault(key.router, []).append(delta)
+            if delta.finish:
+                self._end(key, record, now)
+        for router, frame in frames.items():
+            self._post(router, StepFrame(frame))
+
+    def replay(self, key: JobKey, index: int) -> None:
+        """Say again what is known of `key`, its deltas from output index `index` on."""
+        record = self._records.get(key)
+        if record is None:
+            text = "this worker does not have the attempt"
+            self._post(key.router, Failed(key.attempt, "decode", "unknown_attempt", text))
+            return
+        if record.failed is not None:
+            self._post(key.router, record.failed)
+            return
+        said: list[Out] = [
+            message for message in (record.prefilled, record.decoding) if message is not None
+        ]
+        missing = [delta for delta in record.deltas if delta.index >= index]
+        if missing:
+            said.append(StepFrame(missing))
+        for message in said or [record.accepted or Accepted(key.attempt)]:
+            self._post(key.router, message)
+
+    def forget(self, key: JobKey) -> None:
+        """The router has it all, or does not want it."""
+        self._records.pop(key, None)
+        self._ended.pop(key, None)
+
+    def sweep(self, now: float) -> None:
+        """Forget what ended more than `linger_s` ago."""
+        while self._ended:
+            key, ended_at = next(iter(self._ended.items()))
+            if now - ended_at < self._linger_s and len(self._ended) <= self._max_ended:
+                return
+            self.forget(key)
+
+    def _end(self, key: JobKey, record: Record, now: float) -> None:
+        record.ended = True
+        self._ended[key] = now
+        if len(self._ended) > self._max_ended:
+            self.sweep(now)
