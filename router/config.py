@@ -28,7 +28,7 @@ class RouterConfig(ProcessSettings, frozen=True, kw_only=True, forbid_unknown_fi
     drain_timeout_ms: int = 30_000
     max_queue: int = 4_096
     max_attempts: int = 4
-    local_prefill_tokens: int = 64
+    local_prefill_tokens: int = 4
 
     def check(self) -> None:
         super().check()

@@ -47,8 +47,6 @@ class FleetEvents:
             return
         past: list[str] = []
         if worker is not None:
-            if info.incarnation in worker.past and worker.live:
-                return  # old news: a dead incarnation does not come back over a living one
             past = [i for i in worker.past if i != info.incarnation]
             past.append(worker.incarnation)
             self._remove(worker, "replaced", died=True)
@@ -154,7 +152,6 @@ class FleetEvents:
             and t.bus_now - worker.snapshot_asked > _SNAPSHOT_AGAIN_S
         ):
             self._ask_snapshot(worker)
-        t.dirty.add(worker.info.model)
         self._remove_if_expired(worker)
 
     def _take_load(self, worker: Worker, report: LoadReport) -> None:
@@ -172,6 +169,8 @@ class FleetEvents:
         used = report.num_blocks - report.free_blocks
         foreign = max(0, min(used, worker.info.capacity.num_blocks) - worker.blocks)
         if foreign != worker.foreign_blocks:
+            if foreign < worker.foreign_blocks:
+                t.dirty.add(worker.info.model)
             worker.foreign_blocks = foreign
             t.update_seats(worker)
 
@@ -191,20 +190,22 @@ class FleetEvents:
             self._refresh(worker)
 
     def on_silence_due(self, worker: Worker) -> None:
-        if not worker.listed:
-            self._remove(worker, "silent", died=True)
-        elif worker.live:
+        if worker.live:
             self._fall_silent(worker, "silent")
 
     def _fall_silent(self, worker: Worker, cause: str) -> None:
+        """Nobody says that it lives; unlisted, it is forgotten."""
         t = self._t
         worker.live = False
         t.bus_deadlines.disarm(worker.silence)
         t.bus_deadlines.disarm(worker.reask)
         self._refresh(worker)
         t.out.append(Note("silent", cause, worker.id))
-        t.suspect(worker, cause)
-        self._evacuate(worker, cause, died=True)
+        if worker.listed:
+            t.suspect(worker, cause)
+            self._evacuate(worker, cause, died=True)
+        else:
+            self._remove(worker, cause, died=True)
 
     def on_suspect_due(self, worker: Worker) -> None:
         worker.suspected = False
@@ -289,7 +290,7 @@ class FleetEvents:
             worker.unreachable_at = None
             t.bus_deadlines.disarm(worker.reask)
             worker.steps_at = t.bus_now
-            if worker.live or not worker.listed:
+            if worker.live:
                 t.arm_bus(worker.silence, t.limits.silence_timeout_s)
             if worker.handles:
                 self.on_renew_due(worker)

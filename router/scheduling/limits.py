@@ -33,7 +33,7 @@ class Limits:
     """First suspicion; doubles with repetition."""
     suspect_max_s: float = 30.0
     max_index_blocks: int = 2_000_000
-    local_prefill_tokens: int = 64
+    local_prefill_tokens: int = 4
     """An uncached part this short is prefilled by the decode worker itself."""
     num_samples: int = 4
     """Random candidates besides the prefix holders and the freest."""

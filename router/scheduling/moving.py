@@ -82,6 +82,7 @@ class Mover:
             t.close(attempt, done=done)  # the decode leg needs nothing of it any more
             return
         tries = choice.tries
+        tries.progressed(t.view.num_output(choice.id), t.limits)
         if exclude:
             tries.excluded.add(attempt.worker.incarnation)
         if died and (attempt.phase == "decoding" or _computes(attempt)):
@@ -111,7 +112,6 @@ class Mover:
         """Charge the choice; it ends here if that was the last time."""
         t = self._t
         tries = choice.tries
-        tries.progressed(t.view.num_output(choice.id), t.limits)
         tries.charge(t.limits, free=free)
         if tries.killer:
             self.end(choice, "failed", "worker_killer", leg=leg, message=_KILLER)

@@ -27,6 +27,7 @@ from router.scheduling.prefix_index import Match
 from router.scheduling.tables import Tables
 
 MAX_STARTS: Final = 32
+_CLAIM_SHARE: Final = 4
 _NO_MATCH: Final[Match] = []
 
 Placed = Literal["started", "waits", "parked"]
@@ -72,7 +73,7 @@ class Placer:
                 self._pull(choice, group)
 
     def _serve_lonely(self, name: str, model: Model) -> None:
-        for choice in list(self._t.admission.lonely.values()):
+        for choice in list(islice(self._t.admission.lonely.values(), MAX_STARTS)):
             if choice.spec.model == name and self._left > 0:
                 self._place_alone(choice, model)
 
@@ -231,7 +232,7 @@ class Placer:
         if worker is None or not worker.seats:
             t.unclaim(choice)
             worker = self._quietest(choice, model)
-            if worker is None:
+            if worker is None or self._too_many_claims(model):
                 return
             t.claim(choice, worker)
         if worker.reservations:
@@ -239,6 +240,13 @@ class Placer:
         want = self._want(choice, worker.group)
         self._leave_queue(choice)
         self._start_local(choice, worker, want.tokens, want.decode_blocks)
+
+    def _too_many_claims(self, model: Model) -> bool:
+        """A dying fleet is not stopped altogether: a quarter of it at most runs single choices."""
+        workers = sum(len(group.decode.order) for group in model.groups.values())
+        groups = model.groups.values()
+        claimed = sum(worker.group in groups for worker in self._t.claims.values())
+        return claimed >= max(1, workers // _CLAIM_SHARE)
 
     def _quietest(self, choice: Choice, model: Model) -> Worker | None:
         """A look at every decode worker: rare enough."""

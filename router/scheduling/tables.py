@@ -190,6 +190,7 @@ class Tables:
         worker.suspected_at = self.bus_now
         self.arm_bus(worker.suspect_timer, pause_s)
         self.fleet.refresh(worker, self.now)
+        self.dirty.add(worker.info.model)
         self.out.append(Note("suspected", cause, worker.id))
 
     # -- waiting for a decode place
@@ -278,7 +279,7 @@ class Tables:
                 waiting = {c.id for c in pending if c.state == "decode_wait"}
                 waiting -= self.admission.parked.keys()
                 counted = (len(pending), sum(c.pending_blocks for c in pending), waiting)
-                if counted != (group.num_pending, group.pending_blocks, group.waiters.keys()):
+                if counted != (group.num_pending, group.pending_blocks, set(group.waiters)):
                     raise LocalError(f"{group.model}: waiting for decode does not add up")
         for choice, worker in self.claims.items():
             if choice not in self.choices or worker.claim != choice:

@@ -1,8 +1,8 @@
 """The block pool against a naive model that keeps what is *in* every block.
 
 Blocks are written only where the pool says they are writable. Whatever the schedule: nobody's
-blocks change under them, a cached block holds what its hash says, the counts are those of the references,
-and the events replayed give the cache.
+blocks change under them, a cached block holds what its hash says, the counts are those of the
+references, and the events replayed give the cache.
 """
 
 import pytest
@@ -87,9 +87,7 @@ class PoolMachine(RuleBasedStateMachine):
         return held
 
     @rule(target=sequences, prompt=PROMPTS)
-    def prefill_without_looking_at_the_cache(
-        self, prompt: list[int]
-    ) -> MultipleResults[Held] | Held:
+    def prefill_without_the_cache(self, prompt: list[int]) -> MultipleResults[Held] | Held:
         hashes = hashes_of(prompt)
         fresh = self.take(len(hashes))
         if fresh is None:

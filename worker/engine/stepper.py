@@ -15,10 +15,10 @@ from collections.abc import Callable, Sequence
 from itertools import count
 from typing import Final
 
-from protocol.errors import LocalError
+from protocol.errors import ConfigError, LocalError
 from protocol.ids import JobKey
 from protocol.worker_info import Capacity, EngineTraits
-from text.assets import ModelAssets
+from text.assets import AssetsError, ModelAssets
 from text.tokenizer import Tokenizer
 from worker.engine.base import (
     DecodeJob,
@@ -93,9 +93,12 @@ class Stepper:
         """Register the memory with the transports and start the thread. Raises ConfigError."""
         if self._thread is not None:
             raise LocalError("the engine was started before")
+        try:
+            tokenizer = await asyncio.to_thread(Tokenizer.from_assets, self._assets)
+        except AssetsError as error:
+            raise ConfigError(str(error)) from error
         await asyncio.to_thread(self._start_memory)
-        tokenizer = Tokenizer.from_assets(self._assets)
-        limits = self._limits(tokenizer)
+        limits = self._limits()
         core = self._build_core(tokenizer, limits)
         self._load = core.load()
         self._loop = asyncio.get_running_loop()
@@ -193,7 +196,7 @@ class Stepper:
         stopped = [transfer.stop() for transfer in self._transfers]
         return all(stopped)
 
-    def _limits(self, tokenizer: Tokenizer) -> ModelLimits:
+    def _limits(self) -> ModelLimits:
         block_size = self._runner.layout.block_size
         return ModelLimits(
             model_digest=self._runner.model_digest,

@@ -29,6 +29,7 @@ class Operation:
         self.scratch_slot = scratch_slot
         """Where the word goes if this is a word read; None for a pull."""
         self.num_bytes_done = 0
+        self.retries = 0
         self.aborted = False
         self.ended = False
         self._on_end = on_end

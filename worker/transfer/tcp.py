@@ -47,7 +47,7 @@ class TcpTransfer:
         self._port = port
         self._advertise_host = advertise_host
         self._num_threads = max(1, num_threads)
-        self._limits = ServerLimits(max_connections, idle_timeout_s, throttle_bytes_per_s)
+        self._limits = ServerLimits(max(1, max_connections), idle_timeout_s, throttle_bytes_per_s)
         self._connect_timeout_s = connect_timeout_s
         self._max_per_peer = max_per_peer
         self._live = LiveCount()

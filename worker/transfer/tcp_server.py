@@ -36,6 +36,8 @@ _REQUEST_TIMEOUT_S: Final = 10.0
 _SEND_BYTES: Final = 1 << 20
 _TURNS: Final = 4
 """System calls in a row for one connection."""
+_SETTLED_S: Final = 0.1
+"""Idle for less, a request may be on its way."""
 _PAUSE_S: Final = 0.05
 _SKIP_BYTES: Final = 1 << 16
 
@@ -105,7 +107,11 @@ class TcpListener:
         except OSError:
             self._pause()  # no descriptor left
             return
-        prepare(sock)
+        try:
+            prepare(sock)
+        except OSError:
+            sock.close()  # reset before we looked at it
+            return
         reactor = self._reactors[self._next % len(self._reactors)]
         self._next += 1
         self.stats.count("connections")
@@ -132,10 +138,10 @@ class TcpListener:
 
     def _evict(self) -> None:
         """Close the connection that has been idle longest, if one is idle."""
-        idle = [(c.idle_since, number, c) for number, c in enumerate(self._connections)]
-        found = min(((at, n, c) for at, n, c in idle if at is not None), default=None)
-        if found is not None:
-            connection = found[2]
+        before = time.monotonic() - _SETTLED_S
+        idle = [(c.idle_since or before, c) for c in self._connections]
+        since, connection = min(idle, key=lambda entry: entry[0])
+        if since < before:
             connection.reactor.call(connection.evict)
 
 

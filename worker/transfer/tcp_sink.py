@@ -36,6 +36,7 @@ _TURNS: Final = 4
 _IDLE_S: Final = 30.0
 """Shorter than the source's own patience, so that a pooled connection is rarely a dead one."""
 _MAX_IDLE: Final = 64
+_MAX_RETRIES: Final = 3
 _STARTS: Final = (0, errno.EINPROGRESS, errno.EWOULDBLOCK)
 _UNREACHABLE: Final = frozenset(
     (errno.ECONNREFUSED, errno.ECONNRESET, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ETIMEDOUT)
@@ -92,7 +93,8 @@ class SinkPool:
             operation.end(False, "stopped: the worker leaves")
 
     def retry(self, operation: Operation, offer: TcpOffer) -> None:
-        """A pooled connection turned out to be dead before it answered: once more on a new one."""
+        """The connection was closed before it answered: once more, on a new one."""
+        operation.retries += 1
         self._leave(operation, offer)
         self._start(operation, offer, fresh=True)
         self._start_waiting()
@@ -149,7 +151,7 @@ class SinkPool:
             return
         self._active[operation] = connection
         self._active_of[offer] = self._active_of.get(offer, 0) + 1
-        connection.begin(operation, is_reused=pooled is not None)
+        connection.begin(operation)
 
     def _leave(self, operation: Operation, offer: TcpOffer) -> None:
         if self._active.pop(operation, None) is None:
@@ -171,7 +173,6 @@ class SinkConnection:
         self._pool = pool
         self._connected = False
         self._operation: Operation | None = None
-        self._is_reused = False
         self._requests: deque[memoryview] = deque()
         self._parts: deque[memoryview] = deque()
         self._runs = runs((), (), 1)
@@ -180,9 +181,8 @@ class SinkConnection:
         self._is_word_due = False
         self._received = 0
 
-    def begin(self, operation: Operation, *, is_reused: bool) -> None:
+    def begin(self, operation: Operation) -> None:
         self._operation = operation
-        self._is_reused = is_reused
         self._received = 0
         local = operation.spec.local if operation.scratch_slot is None else ()
         self._runs = runs(local, local, max(1, _RUN_BYTES // self._pool.arena.block_bytes))
@@ -212,15 +212,17 @@ class SinkConnection:
         operation, self._operation = self._operation, None
         if operation is None:
             self._pool.lost(None, self)
-        elif self._may_retry(operation, peer_gone):
+        elif peer_gone and not self._pool.reactor.is_stopping and self._may_retry(operation):
             self._pool.retry(operation, self.offer)
         else:
             operation.end(False, reason, peer_gone=peer_gone)
             self._pool.lost(operation, self)
 
-    def _may_retry(self, operation: Operation, peer_gone: bool) -> bool:
-        untouched = self._received == 0 and self._is_reused and peer_gone
-        return untouched and not operation.aborted and not self._pool.reactor.is_stopping
+    def _may_retry(self, operation: Operation) -> bool:
+        """A living source closes what is idle: a request that crosses that is sent once more. A
+        dead one refuses the next connection."""
+        is_unheard = self._connected and self._received == 0 and not operation.aborted
+        return is_unheard and operation.retries < _MAX_RETRIES
 
     def _finish_connect(self) -> None:
         code = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import count
+from typing import Any
 
 from protocol.events import KvCleared, KvEvent, KvRemoved, KvStored
 from protocol.handoff import KvHandle, Offer
@@ -271,16 +272,20 @@ class World:
     clock: Clock
     config: SimulatedConfig
     info: EngineInfo
+    leases: LeaseTable
     healthy: bool = True
+    leaves_nothing: bool = True
+    terminal: bool = True
+    """Whether no transfer is live when it stops."""
 
-    def prefill(self, prompt: Sequence[int], sampling: Sampling = GREEDY, **rest: object) -> JobKey:
+    def prefill(self, prompt: Sequence[int], sampling: Sampling = GREEDY, **rest: Any) -> JobKey:
         key = new_key()
-        self.stepper.submit(PrefillJob(key, "choice/0", prompt, sampling, **rest))  # type: ignore[arg-type]
+        self.stepper.submit(PrefillJob(key, "choice/0", prompt, sampling, **rest))
         return key
 
-    def decode(self, prompt: Sequence[int], sampling: Sampling = GREEDY, **rest: object) -> JobKey:
+    def decode(self, prompt: Sequence[int], sampling: Sampling = GREEDY, **rest: Any) -> JobKey:
         key = new_key()
-        self.stepper.submit(DecodeJob(key, "choice/0", prompt, sampling, **rest))  # type: ignore[arg-type]
+        self.stepper.submit(DecodeJob(key, "choice/0", prompt, sampling, **rest))
         return key
 
     async def over(self, key: JobKey) -> Attempt:
@@ -305,7 +310,7 @@ async def running(
     *,
     transfers: Sequence[Transfer] | None = None,
     worker: str = "w",
-    **settings: object,
+    **settings: Any,
 ) -> AsyncIterator[World]:
     """An engine that has started. At the end nothing may be left, and nothing was broken."""
     assets = byte_assets(config.name, max_context=config.max_context)
@@ -314,23 +319,24 @@ async def running(
     runner = GatedRunner(inner, asyncio.get_running_loop())
     arena = Arena(config.num_blocks, runner.layout.block_bytes)
     clock, recorder = Clock(), Recorder()
+    leases = LeaseTable(config.num_leases)
     stepper = Stepper(
         runner,
         arena,
-        LeaseTable(config.num_leases),
+        leases,
         ScratchWords(config.num_scratch),
         [ShmTransfer()] if transfers is None else transfers,
-        StepperConfig(worker, "inc", validate=True, **settings),  # type: ignore[arg-type]
+        StepperConfig(worker, "inc", validate=True, **settings),
         assets,
         clock=clock,
         interrupt=stopping.set,
     )
     info = await stepper.start(recorder)
-    world = World(stepper, recorder, runner, arena, clock, config, info)
+    world = World(stepper, recorder, runner, arena, clock, config, info, leases)
     try:
         yield world
         assert bool(recorder.reasons) is not world.healthy, recorder.reasons
-        if world.healthy:
+        if world.healthy and world.leaves_nothing:
             await world.idle()
             assert world.is_clean(), stepper.load()
             snapshot = stepper.kv_snapshot()
@@ -338,7 +344,7 @@ async def running(
             assert set(snapshot.hashes) == recorder.cached
     finally:
         runner.open()
-        assert await stepper.stop()
+        assert await stepper.stop() is world.terminal
 
 
 async def hand_over(
