@@ -142,8 +142,10 @@ class FleetEvents:
                 worker.past.append(worker.stray)
                 worker.stray = ""
             t.out.append(Note("live", "reported", worker.id))
+        if worker.reask.due is not None:  # it listens again: now it can answer
+            t.bus_deadlines.disarm(worker.reask)
+            self.on_reask_due(worker)
         worker.unreachable_at = None
-        t.bus_deadlines.disarm(worker.reask)
         t.arm_bus(worker.silence, t.limits.silence_timeout_s)
         self._take_load(worker, report)
         self._refresh(worker)
@@ -230,7 +232,7 @@ class FleetEvents:
         worker = t.fleet.find(event.worker, event.incarnation)
         if worker is None or t.frozen_at is not None:
             return
-        if t.up_at is not None and t.bus_now - t.up_at < t.limits.silence_timeout_s:
+        if self._just_up():
             self._on_not_back_yet(worker)
             return
         t.suspect(worker, "unreachable")
@@ -244,6 +246,11 @@ class FleetEvents:
         elif t.bus_now - worker.unreachable_at >= SECOND_UNREACHABLE_S:
             worker.unreachable_at = t.bus_now
             self._evacuate(worker, "gone", died=True)
+
+    def _just_up(self) -> bool:
+        """Workers may need longer than we did to find their way back to the bus."""
+        t = self._t
+        return t.up_at is not None and t.bus_now - t.up_at < t.limits.silence_timeout_s
 
     def _ask_all(self, worker: Worker) -> None:
         t = self._t
@@ -267,9 +274,13 @@ class FleetEvents:
     def on_reask_due(self, worker: Worker) -> None:
         """Once more to whom nobody listened: an answer, or the bus says so again."""
         t = self._t
-        since = worker.unreachable_at if worker.unreachable_at is not None else t.up_at
+        since = worker.unreachable_at
+        if since is None and self._just_up():
+            since = t.up_at
+        if since is None:
+            return  # it was heard
         for attempt in worker.attempts.values():
-            if since is None or attempt.sign <= since or attempt.asked is not None:
+            if attempt.sign <= since or attempt.asked is not None:
                 t.out.append(AskReplay(attempt.id, worker.id, worker.incarnation))
 
     # -- our own bus

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 
 from protocol.handoff import FabricOffer, Offer, ShmOffer, TcpOffer
-from tests.contract.transfer_sink import PeerProcess, Sink, until
+from tests.contract.transfer_sink import PeerProcess, Sink, altered, until
 from worker.transfer.base import Transfer
 from worker.transfer.shm import ShmTransfer
 from worker.transfer.tcp import TcpTransfer
 
 LARGE = 1024
 """Blocks of 64 KiB: more than any socket buffer holds."""
-SLOW = 16 << 20
+SLOW = 24 << 20
 """Bytes per second at which "in the middle of a pull" lasts long enough to act in it."""
 PeerMaker = Callable[..., PeerProcess]
 SinkMaker = Callable[..., Sink]
@@ -307,7 +307,7 @@ def test_successor_of_a_dead_peer_does_not_serve_its_handles(
         assert isinstance(first.offer, ShmOffer)
         offer = second.offer
         # As if the pid had come back: the process is there, the token is another's.
-        old = sink.spec(_with(offer, token=first.offer.token), range(4))
+        old = sink.spec(altered(offer, token=first.offer.token), range(4))
     second.ask("fill", version=9)
     second.ask("lend", slot=1, nonce=88)
     end = sink.pull(old)
@@ -327,9 +327,9 @@ def test_foreign_offers_are_refused(make_peer: PeerMaker, make_sink: SinkMaker) 
     if isinstance(peer.offer, ShmOffer):
         others += [
             TcpOffer("127.0.0.1", 9),
-            _with(peer.offer, boot_id="another"),
-            _with(peer.offer, machine="aarch64"),
-            _with(peer.offer, lease_bytes=8),
+            altered(peer.offer, boot_id="another"),
+            altered(peer.offer, machine="aarch64"),
+            altered(peer.offer, lease_bytes=8),
         ]
     else:
         others += [
@@ -396,8 +396,3 @@ def test_no_stale_pull_is_accepted_under_random_revocation(
     assert stale_unchecked > 0, "the word was never needed: this run proves nothing"
     assert accepted > rounds // 20
     assert caught > 0
-
-
-def _with(offer: ShmOffer, **changes: Any) -> ShmOffer:
-    fields = {name: getattr(offer, name) for name in offer.__struct_fields__}
-    return ShmOffer(**{**fields, **changes})

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from protocol.handoff import Offer
+from protocol.handoff import Offer, ShmOffer
 from tests.contract.transfer_peer import content, decode_offer
 from worker.handoff.ends import TransferEnd
 from worker.kv.arena import Arena, LeaseTable, ScratchWords
@@ -169,3 +169,8 @@ def until(condition: Callable[[], bool], timeout_s: float = PATIENCE_S) -> None:
     while not condition():
         assert time.monotonic() < limit, "did not happen in time"
         pause.wait(0.002)
+
+
+def altered(offer: ShmOffer, **changes: Any) -> ShmOffer:
+    fields = {name: getattr(offer, name) for name in offer.__struct_fields__}
+    return ShmOffer(**{**fields, **changes})

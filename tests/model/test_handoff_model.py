@@ -1,5 +1,6 @@
 """The hand-off under every schedule that hypothesis finds, and what happens without the check."""
 
+from collections import Counter
 from collections.abc import Callable
 from random import Random
 from typing import Any
@@ -149,8 +150,8 @@ def schedule(world: World, rng: Random, num_steps: int) -> None:
         (1, pass_time),
         (1, lambda index: source.revoke(prefill.recent(index), world.now)),
         (6, at_a_sink(lambda sink, index: sink.begin(index, rng.random() < 0.3, False, world.now))),
-        (30, at_a_sink(lambda sink, index: sink.step(index))),
-        (12, at_a_sink(lambda sink, index: sink.deliver(index, world.now))),
+        (60, at_a_sink(lambda sink, index: sink.step(index))),
+        (24, at_a_sink(lambda sink, index: sink.deliver(index, world.now))),
         (1, at_a_sink(lambda sink, index: sink.fail(index))),
         (1, at_a_sink(lambda sink, index: sink.deliver_again(index, world.now))),
         (1, at_a_sink(lambda sink, index: sink.abandon(index, world.now))),
@@ -169,10 +170,12 @@ def test_many_pulls_some_ready_some_lost_none_stale(seed: int) -> None:
     world = World()
     schedule(world, Random(seed), 3000)
     world.settle()
+    total = Counter[str]()
     for sink in world.sinks:
-        assert sink.sink.ended["ready"] > 20
-        assert sink.sink.ended["lease_lost"] > 20
-        assert sink.sink.ended["abandoned"] > 0
+        total.update(sink.sink.ended)
+    assert total["ready"] > 15
+    assert total["lease_lost"] > 15
+    assert min(total["abandoned"], total["transfer_failed"]) > 0
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -22,15 +22,7 @@ from worker.engine.base import (
     PrefillJob,
     PrefillResult,
 )
-from worker.engine.handover import (
-    PROGRESS_S,
-    Lender,
-    Puller,
-    PullLost,
-    PullMoved,
-    PullOutcome,
-    PullReady,
-)
+from worker.engine.lending import Lender
 from worker.engine.messages import (
     Cancel,
     Drain,
@@ -42,6 +34,14 @@ from worker.engine.messages import (
     Submit,
 )
 from worker.engine.outputs import TurnOutputs
+from worker.engine.pulling import (
+    PROGRESS_S,
+    Puller,
+    PullLost,
+    PullMoved,
+    PullOutcome,
+    PullReady,
+)
 from worker.engine.roster import Planned, Roster
 from worker.engine.runner import ModelRunner
 from worker.engine.sequences import (

@@ -30,10 +30,11 @@ from worker.engine.base import (
     Snapshot,
 )
 from worker.engine.core import EngineCore
-from worker.engine.handover import HandleIdentity, Lender, Puller
+from worker.engine.lending import HandleIdentity, Lender
 from worker.engine.messages import Cancel, Drain, Message, Release, Renew, Submit
 from worker.engine.messages import StepperConfig as StepperConfig
 from worker.engine.outputs import OutputDelivery, TurnOutputs
+from worker.engine.pulling import Puller
 from worker.engine.runner import ModelRunner
 from worker.engine.sequences import ModelLimits
 from worker.handoff.sink import Sink

@@ -76,6 +76,14 @@ def test_any_changed_byte_of_earlier_kv_shows_on_the_first_step_of_a_stay(bench:
         assert output != right, f"byte {at}"
 
 
+def test_table_that_is_computed_again_from_the_start_is_folded_afresh(bench: Bench) -> None:
+    blocks = [0, 1, 2, 3, 4, 5]
+    for salt in range(2):
+        prompt = prompt_of(8, salt)
+        wanted = expected_tokens(prompt, GREEDY, 12, SMALL)
+        assert bench.generate(blocks, prompt, 12) == wanted
+
+
 def test_swapped_blocks_show(bench: Bench) -> None:
     prompt = prompt_of(12)
     right = bench.generate([0, 1, 2, 3, 4, 5, 6], prompt, 12)

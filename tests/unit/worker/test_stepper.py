@@ -1,13 +1,15 @@
 """Engines with nothing imitated: what they say, and that nothing is left behind."""
 
 import asyncio
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 from msgspec import structs
 
-from protocol.errors import LocalError
+from protocol.errors import ConfigError, LocalError
+from protocol.handoff import TcpOffer
 from protocol.sampling import Sampling
 from tests.unit.worker.engine_world import (
     GREEDY,
@@ -306,6 +308,13 @@ async def test_lease_lives_while_it_is_renewed_and_ends_when_it_is_not() -> None
         assert p.stepper.stats().leases_ended == {"released": 0, "revoked": 0, "expired": 1}
 
 
+async def test_lease_ends_by_itself_when_nobody_says_anything() -> None:
+    async with running(lease_s=0.05) as w:
+        await w.over(w.prefill(prompt_of(10)))
+        await w.idle()
+        assert w.stepper.stats().leases_ended["expired"] == 1
+
+
 async def test_prefill_waits_for_a_free_lease_slot() -> None:
     async with running(replace(SMALL, num_leases=1)) as w:
         first, second = w.prefill(prompt_of(5)), w.prefill(prompt_of(5, salt=1))
@@ -340,6 +349,12 @@ async def test_handle_of_another_prompt_model_or_length_is_refused() -> None:
             failed = (await world.over(world.decode(prompt, handle=handle, output_ids=[9]))).failed
             assert failed is not None
             assert failed.code == "handle_mismatch"
+        await d.over(d.decode(prompt_of(12)))
+        local = structs.replace(result.handle, num_tokens=12)
+        key = d.decode(prompt_of(12), handle=local, output_ids=[9])
+        failed = (await d.over(key)).failed
+        assert failed is not None
+        assert failed.code == "handle_mismatch"
         p.stepper.release([result.handle.handle_id])
 
 
@@ -495,6 +510,46 @@ async def test_crashed_step_fails_all_and_says_so_once() -> None:
         assert "device" in w.recorder.reasons[0]
         await w.idle()
         assert w.is_clean()
+
+
+async def test_broken_rule_of_our_own_fails_all_and_ends_the_engine() -> None:
+    async with running() as w:
+        w.healthy = False
+        w.runner.shut()
+        keys = [w.decode(prompt_of(10)), w.prefill(prompt_of(10))]
+        await w.runner.entered.wait()
+        w.runner.forgets_a_token = True
+        w.runner.open()
+        keys.append(w.decode(prompt_of(4)))
+        for key in keys:
+            failed = (await w.over(key)).failed
+            assert failed is not None
+            assert failed.code == "engine"
+        later = (await w.over(w.decode(prompt_of(4)))).failed
+        assert later is not None
+        assert later.code == "engine"
+        assert len(w.recorder.reasons) == 1
+        await w.idle()
+
+
+async def test_start_that_fails_leaves_nothing_running() -> None:
+    async with running(transfers=[TcpTransfer(host="127.0.0.1")]) as w:
+        taken = w.stepper
+        offer = (await w.over(w.prefill(prompt_of(3)))).prefilled
+        assert offer is not None
+        assert offer.handle is not None
+        (tcp,) = offer.handle.ranks[0].offers
+        assert isinstance(tcp, TcpOffer)
+        shm = ShmTransfer()
+        transfers: list[Transfer] = [shm, TcpTransfer(host="127.0.0.1", port=tcp.port)]
+        second = build_simulated(SMALL, transfers, StepperConfig("w", "inc"))
+        with pytest.raises(ConfigError):
+            await second.start(w.recorder)
+        assert not [one for one in threading.enumerate() if one.name.startswith("shm-copy")]
+        assert await second.stop()
+        with pytest.raises(LocalError):
+            await taken.start(w.recorder)
+        w.stepper.release([offer.handle.handle_id])
 
 
 async def test_steps_move_while_there_is_work_and_rest_when_there_is_none() -> None:

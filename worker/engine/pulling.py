@@ -1,17 +1,16 @@
-"""The two ends of a hand-off, driven: `Lender` gives blocks out, `Puller` fetches blocks.
+"""The borrowing end of the hand-off, driven: handles become transfers and references in the pool.
 
-The rules are in `worker.handoff`; here its commands become transfers and pool references. Lives in
-the engine's thread; what transports report from their threads comes in through `post`.
+The rules are in `worker.handoff.sink`; here its commands are carried out. Lives in the engine's
+thread; what transports report from their threads comes in through `post`.
 """
 
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from protocol.blocks import pack_ids, unpack_ids
+from protocol.blocks import unpack_ids
 from protocol.errors import LocalError
-from protocol.handoff import KvHandle, Offer, RankKv
-from protocol.ids import JobKey
+from protocol.handoff import KvHandle, Offer
 from protocol.out import FailureCode
 from worker.engine.base import DecodingInfo
 from worker.engine.batching import blocks_for
@@ -29,11 +28,10 @@ from worker.handoff.sink import (
     Ready,
     Sink,
 )
-from worker.handoff.source import Lease, Source
 from worker.kv.arena import ScratchWords
 from worker.kv.pool import BlockPool
 from worker.transfer.base import PullSpec, PullTicket, Transfer
-from worker.transfer.select import NoTransfer, choose
+from worker.transfer.select import Chosen, NoTransfer, choose
 
 PROGRESS_S = 0.5
 """Progress is looked at, and told, this often."""
@@ -66,100 +64,6 @@ class PullMoved:
 
 
 PullOutcome = PullReady | PullLost | PullMoved
-
-
-@dataclass(frozen=True, slots=True)
-class HandleIdentity:
-    """What every handle of this worker says."""
-
-    worker: str
-    incarnation: str
-    block_size: int
-    lease_s: float
-
-
-class Lender:
-    """Lends blocks of finished prefills, and remembers for whom."""
-
-    def __init__(
-        self,
-        source: Source,
-        identity: HandleIdentity,
-        offers: Sequence[Offer],
-        *,
-        nonce: Callable[[], int],
-    ) -> None:
-        self._source = source
-        self._identity = identity
-        self._offers = list(offers)
-        self._nonce = nonce
-        self._handles: dict[JobKey, str] = {}
-        self._keys: dict[str, JobKey] = {}
-
-    def __contains__(self, key: JobKey) -> bool:
-        """Whether blocks are lent for this attempt."""
-        return key in self._handles
-
-    @property
-    def num_lent(self) -> int:
-        return self._source.num_lent
-
-    @property
-    def ended(self) -> dict[str, int]:
-        return dict(self._source.ended)
-
-    def lend(self, sequence: ActiveSequence, now: float) -> KvHandle | None:
-        """Lend all blocks of its computed tokens, whose KV is written. None: no slot is free."""
-        identity, num_tokens = self._identity, sequence.num_computed
-        blocks = sequence.blocks[: blocks_for(num_tokens, identity.block_size)]
-        handle_id = f"{self._nonce():016x}{self._nonce():016x}"
-        lease = self._source.lend(handle_id, blocks, self._nonce(), now)
-        if lease is None:
-            return None
-        self._handles[sequence.key] = handle_id
-        self._keys[handle_id] = sequence.key
-        rank = RankKv(pack_ids(blocks), lease.slot, lease.nonce, self._offers)
-        return KvHandle(
-            handle_id=handle_id,
-            worker=identity.worker,
-            incarnation=identity.incarnation,
-            num_tokens=num_tokens,
-            block_size=identity.block_size,
-            content_hash=sequence.content_hash(num_tokens),
-            lease_s=identity.lease_s,
-            ranks=[rank],
-        )
-
-    def renew(self, handle_ids: Sequence[str], now: float) -> None:
-        self._source.renew(handle_ids, now)
-
-    def release(self, handle_ids: Sequence[str], now: float) -> None:
-        self._forget(self._source.release(handle_ids, now))
-
-    def revoke(self, key: JobKey, now: float) -> None:
-        """The attempt was cancelled: nobody will fetch what was lent for it."""
-        if key in self._handles:
-            self._forget(self._source.revoke([self._handles[key]], now))
-
-    def expire(self, now: float) -> None:
-        deadline = self._source.next_deadline()
-        if deadline is not None and deadline <= now:
-            self._forget(self._source.expire(now))
-
-    def next_deadline(self) -> float | None:
-        return self._source.next_deadline()
-
-    def validate(self) -> None:
-        """Raises LocalError where a rule is broken."""
-        self._source.validate()
-        if len(self._handles) != len(self._keys) or len(self._keys) != self.num_lent:
-            raise LocalError(f"{len(self._handles)} attempts lent, {self.num_lent} leases")
-
-    def _forget(self, leases: Sequence[Lease]) -> None:
-        for lease in leases:
-            key = self._keys.pop(lease.handle_id, None)
-            if key is not None:
-                del self._handles[key]
 
 
 @dataclass(slots=True, eq=False)
@@ -233,7 +137,7 @@ class Puller:
         missing = _missing_blocks(sequence, handle)
         if not missing:
             return self._begin_cached(sequence, handle)
-        chosen = choose(self._transfers, handle.ranks[0].offers)
+        chosen = self._choose(handle.ranks[0].offers)
         if isinstance(chosen, NoTransfer):
             self.counts.add("none", "transfer_failed")
             return [PullLost(sequence, "transfer_failed", f"no transport fits: {chosen}")]
@@ -247,7 +151,8 @@ class Puller:
             chosen.offer, remote, array("I", local), self._block_bytes, rank.slot, rank.nonce
         )
         expected = sequence.content_hash(handle.num_tokens)
-        pull = Pull(handle, expected, tuple(local), tuple(remote), handle.num_tokens)
+        num_tokens = handle.num_tokens - missing.start * sequence.limits.block_size
+        pull = Pull(handle, expected, tuple(local), tuple(remote), num_tokens)
         del sequence.blocks[missing.start : missing.stop]
         return self._start(
             _Pulling(pull, chosen.transfer, spec, now, sequence, reported_at=now), now
@@ -303,6 +208,12 @@ class Puller:
                 PullLost(sequence, "handle_mismatch", "the handle is of another prompt or model")
             ]
         return [PullReady(sequence, DecodingInfo(transport="cache"))]
+
+    def _choose(self, offers: Sequence[Offer]) -> Chosen | NoTransfer:
+        try:
+            return choose(self._transfers, offers)
+        except Exception as error:  # noqa: BLE001  an offer is the peer's word
+            return NoTransfer((f"the offers are damaged: {error!r}",))
 
     def _start(self, pulling: _Pulling, now: float) -> list[PullOutcome]:
         pull_id, self._next_id = self._next_id, self._next_id + 1
