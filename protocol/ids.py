@@ -9,7 +9,8 @@ router id) can never be confused with the one before.
 import re
 from typing import Final, NamedTuple
 
-_NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
+MAX_NAME: Final = 64
+_NAME: Final = re.compile(rf"[A-Za-z0-9_-]{{1,{MAX_NAME}}}")
 
 
 class JobKey(NamedTuple):

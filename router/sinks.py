@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from protocol.errors import ClientError
 from protocol.out import Delta
-from router.answers import DONE, Answer, ChunkTemplate, to_json, usage, whole_choice
+from router.answers import Answer, ChunkTemplate, to_json, usage, whole_choice
 from router.choices import Choice, ChoiceSpec
 
 
@@ -46,33 +46,55 @@ class Usage:
         return usage(self._prompt, self._completion, sum(self._cached.values()))
 
 
-class _Joined:
-    """The part both sinks share: count the open choices, end once, cancel the rest on failure."""
+class JoinedSink:
+    """What both sinks share: count the open choices, end once, cancel the rest on failure."""
 
     def __init__(
         self, answer: Answer, specs: Sequence[ChoiceSpec], n: int, cancel: Callable[[str], None]
     ) -> None:
         self.answer = answer
-        self.specs = specs
+        self.over = False
+        """Completed, failed or cancelled: whatever comes now is not heard."""
         self._usage = Usage(specs, n)
         self._open = {spec.choice for spec in specs}
         self._cancel = cancel
-        self._over = False
+
+    def delta(self, choice: Choice, delta: Delta) -> None:
+        """New output of one choice."""
+        raise NotImplementedError
+
+    def ended(self, choice: Choice, error: ClientError | None) -> None:
+        self._open.discard(choice.id)
+        self._usage.add(choice)
+        if self.over:
+            return
+        if error is not None:
+            self.abort(error)
+        elif not self._open:
+            self.over = True
+            self._complete()
 
     def cancel_all(self) -> None:
-        """The client went, or one choice failed: nobody listens to the others."""
-        self._over = True
+        """Nobody listens any more: the client went, or one choice failed."""
+        self.over = True
         for choice in list(self._open):
             self._cancel(choice)
 
-    def _closed(self, choice: Choice) -> bool:
-        """Count one ended choice; True when it was the last of a request that is not over."""
-        self._open.discard(choice.id)
-        self._usage.add(choice)
-        return not self._open and not self._over
+    def abort(self, error: ClientError) -> None:
+        """End the request with `error`, unless it is over."""
+        if self.over:
+            return
+        self.cancel_all()
+        self._fail(error)
+
+    def _complete(self) -> None:
+        raise NotImplementedError
+
+    def _fail(self, error: ClientError) -> None:
+        raise NotImplementedError
 
 
-class StreamSink(_Joined):
+class StreamSink(JoinedSink):
     """Turns deltas into chunks."""
 
     def __init__(
@@ -91,26 +113,21 @@ class StreamSink(_Joined):
         self._include_usage = include_usage
 
     def delta(self, choice: Choice, delta: Delta) -> None:
-        if delta.text or delta.finish:
-            chunk = self._templates[choice.spec.index].chunk(delta.text, delta.finish)
-            if not self._over:
-                self._writer.write(chunk)
+        if (delta.text or delta.finish) and not self.over:
+            template = self._templates[choice.spec.index]
+            self._writer.write(template.chunk(delta.text, delta.finish))
 
-    def ended(self, choice: Choice, error: ClientError | None) -> None:
-        last = self._closed(choice)
-        if error is not None:
-            if not self._over:
-                self.cancel_all()
-                self._writer.fail(error)
-        elif last:
-            if self._include_usage:
-                self._writer.write(self.answer.usage_chunk(self._usage.as_dict()))
-            self._over = True
-            self._writer.finish()
+    def _complete(self) -> None:
+        if self._include_usage:
+            self._writer.write(self.answer.usage_chunk(self._usage.as_dict()))
+        self._writer.finish()
+
+    def _fail(self, error: ClientError) -> None:
+        self._writer.fail(error)
 
 
-class CollectSink(_Joined):
-    """Gathers whole texts; `done` holds the body's bytes or the error."""
+class CollectSink(JoinedSink):
+    """Gathers whole texts; `done` is set when `body` can say how it went."""
 
     def __init__(
         self, answer: Answer, specs: Sequence[ChoiceSpec], n: int, cancel: Callable[[str], None]
@@ -118,7 +135,9 @@ class CollectSink(_Joined):
         super().__init__(answer, specs, n, cancel)
         self._texts: list[list[str]] = [[] for _ in specs]
         self._finish = [""] * len(specs)
-        self.done: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        self._body = b""
+        self._error: ClientError | None = None
+        self.done = asyncio.Event()
 
     def delta(self, choice: Choice, delta: Delta) -> None:
         index = choice.spec.index
@@ -127,26 +146,24 @@ class CollectSink(_Joined):
         if delta.finish:
             self._finish[index] = delta.finish
 
-    def ended(self, choice: Choice, error: ClientError | None) -> None:
-        last = self._closed(choice)
-        if error is not None:
-            if not self._over:
-                self.cancel_all()
-                if not self.done.done():
-                    self.done.set_exception(error)
-        elif last and not self.done.done():
-            self.done.set_result(self._body())
+    def body(self) -> bytes:
+        """The answer, once `done`. Raises the ClientError that it ended with."""
+        if self._error is not None:
+            raise self._error
+        return self._body
 
-    def _body(self) -> bytes:
+    def _complete(self) -> None:
         choices = [
             whole_choice(self.answer.kind, i, "".join(texts), finish)
             for i, (texts, finish) in enumerate(zip(self._texts, self._finish, strict=True))
         ]
-        return self.answer.body(choices, self._usage.as_dict())
+        self._body = self.answer.body(choices, self._usage.as_dict())
+        self.done.set()
+
+    def _fail(self, error: ClientError) -> None:
+        self._error = error
+        self.done.set()
 
 
 def error_json(error: ClientError, request_id: str) -> bytes:
     return to_json(error.body(request_id))
-
-
-__all__ = ["DONE", "ChunkWriter", "CollectSink", "StreamSink", "Usage", "error_json"]

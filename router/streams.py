@@ -10,7 +10,8 @@ is ever compressed.
 """
 
 import asyncio
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Final
 
 from aiohttp import web
@@ -19,10 +20,12 @@ from protocol.errors import ClientError
 from router.answers import DONE
 from router.sinks import error_json
 
+_log = logging.getLogger("baton.router")
+
 HIGH_BYTES: Final = 64 * 1024
 LOW_BYTES: Final = 16 * 1024
+"""At most this much waiting never pauses the transport: aiohttp's writes do not wait then."""
 SWEEP_S: Final = 0.25
-PING_S: Final = 15.0
 _PING: Final = b": ping\n\n"
 _DONE: Final = b"data: " + DONE + b"\n\n"
 
@@ -33,28 +36,30 @@ SSE_HEADERS: Final = {
 }
 
 
-class ClientStalled(Exception):
-    """The client took nothing for too long; its connection was aborted."""
-
-
 class SseWriter:
-    """A `ChunkWriter` over one HTTP response."""
+    """A `ChunkWriter` over one HTTP response.
 
-    def __init__(self, request_id: str, *, stall_s: float, ping_s: float = PING_S) -> None:
+    `on_stall` is called when the client took nothing for `stall_s` and was aborted.
+    """
+
+    def __init__(
+        self, request_id: str, *, stall_s: float, ping_s: float, on_stall: Callable[[], None]
+    ) -> None:
         self._request_id = request_id
         self._stall_s = stall_s
         self._ping_s = ping_s
+        self._on_stall = on_stall
         self._loop = asyncio.get_running_loop()
         self._ready = asyncio.Event()
         self._finished = asyncio.Event()
         self._error: ClientError | None = None
         self._held: list[bytes] = []
         self._transport: asyncio.Transport | None = None
+        self._prepared = False
         self._chunked = False
         self._sweeper: asyncio.TimerHandle | None = None
         self._smallest = 0
         self._moved_at = 0.0
-        self.on_stall: Callable[[], None] = lambda: None
 
     # --- the sink's side ---
 
@@ -62,10 +67,10 @@ class SseWriter:
         self._send(b"data: " + chunk + b"\n\n")
 
     def fail(self, error: ClientError) -> None:
-        if not self._ready.is_set():
-            self._error = error
-        else:
+        if self._prepared or self._ready.is_set():
             self._send(b"data: " + error_json(error, self._request_id) + b"\n\n")
+        else:
+            self._error = error
         self.finish()
 
     def finish(self) -> None:
@@ -76,9 +81,13 @@ class SseWriter:
 
     def _send(self, data: bytes) -> None:
         transport = self._transport
-        if transport is None or self._held:
+        if transport is None:
             self._held.append(data)
             self._ready.set()
+        elif transport.is_closing():  # uvloop raises on a write to a closed transport
+            return
+        elif self._held:
+            self._held.append(data)
         elif transport.get_write_buffer_size() > HIGH_BYTES:
             self._held.append(data)
             self._start_sweep(transport)
@@ -88,10 +97,10 @@ class SseWriter:
     def _framed(self, data: bytes) -> bytes:
         return b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data
 
-    def _flush(self, transport: asyncio.Transport) -> None:
-        if self._held:
-            transport.write(self._framed(b"".join(self._held)))
-            self._held.clear()
+    def _take(self) -> bytes:
+        data = b"".join(self._held)
+        self._held.clear()
+        return data
 
     def _start_sweep(self, transport: asyncio.Transport) -> None:
         self._smallest = transport.get_write_buffer_size()
@@ -101,29 +110,28 @@ class SseWriter:
     def _sweep(self) -> None:
         """While chunks are held: hand them over when the socket took some, or give up."""
         transport = self._transport
-        if transport is None or transport.is_closing():
+        if transport is None or transport.is_closing() or not self._held:
             return
         size = transport.get_write_buffer_size()
         if size <= LOW_BYTES:
-            self._flush(transport)
+            transport.write(self._framed(self._take()))
             return
         now = self._loop.time()
         if size < self._smallest:
             self._smallest, self._moved_at = size, now
         elif now - self._moved_at >= self._stall_s:
-            self.abort()
+            self._abort(transport)
+            self._finished.set()
             return
         self._sweeper = self._loop.call_later(SWEEP_S, self._sweep)
 
-    def abort(self) -> None:
+    def _abort(self, transport: asyncio.Transport) -> None:
         """The client stopped reading: drop the connection and what it would have got."""
-        if self._transport is not None:
-            self._transport.abort()
+        transport.abort()
         self._held.clear()
-        self.on_stall()
-        self._finished.set()
+        self._on_stall()
 
-    def close(self) -> None:
+    def _close(self) -> None:
         """The handler is over, whichever way."""
         if self._sweeper is not None:
             self._sweeper.cancel()
@@ -134,19 +142,28 @@ class SseWriter:
 
     async def serve(self, request: web.Request, headers: Mapping[str, str]) -> web.StreamResponse:
         """Send everything until the sink has finished. Raises the ClientError that came before the
-        first byte, ClientStalled, and CancelledError when the client went."""
+        first byte, ConnectionError when the connection broke, CancelledError when the client went.
+        """
         try:
             response = await self._until_ready(request, headers)
-            if self._error is not None and response is None:
+            if self._error is not None:
                 raise self._error
             if response is None:
                 response = await self._prepare(request, headers)
-            if self._error is not None:  # pings were sent: the status is gone
-                self._held.append(b"data: " + error_json(self._error, self._request_id) + b"\n\n")
             await self._stream(request, response)
             return response
+        except (ClientError, ConnectionError):
+            raise
+        except Exception as error:
+            if not self._prepared:
+                raise
+            # The status is gone: all that is left to say is that the answer is not whole.
+            _log.exception("stream failed request_id=%s", self._request_id)
+            if request.transport is not None:
+                request.transport.abort()
+            raise ConnectionResetError("the stream was aborted") from error
         finally:
-            self.close()
+            self._close()
 
     async def _until_ready(
         self, request: web.Request, headers: Mapping[str, str]
@@ -157,8 +174,9 @@ class SseWriter:
                 async with asyncio.timeout(self._ping_s):
                     await self._ready.wait()
             except TimeoutError:
-                response = response or await self._prepare(request, headers)
-                await response.write(_PING)
+                if response is None:
+                    response = await self._prepare(request, headers)
+                await self._paced(request, _PING, response.write)
         return response
 
     async def _prepare(
@@ -170,49 +188,55 @@ class SseWriter:
             response.enable_chunked_encoding()
         else:
             response.force_close()
+        self._prepared = True
         await response.prepare(request)
         return response
 
     async def _stream(self, request: web.Request, response: web.StreamResponse) -> None:
         if not self._finished.is_set():
-            first = b"".join(self._held)
-            self._held.clear()
-            await response.write(first)
-            transport = request.transport
-            if transport is None:
-                raise ConnectionResetError("the client is gone")
+            await self._paced(request, self._take(), response.write)
+            transport = _transport(request)
+            if self._held:
+                transport.write(self._framed(self._take()))
             self._transport = transport
-            self._flush(transport)
             await self._finished.wait()
-            await self._until_taken(transport)
-        rest = b"".join(self._held)
-        self._held.clear()
-        await self._write_eof(request, response, rest + _DONE)
+            if self._sweeper is not None:
+                self._sweeper.cancel()
+        await self._paced(request, self._take() + _DONE, response.write_eof)
 
-    async def _until_taken(self, transport: asyncio.Transport) -> None:
-        """`write_eof` waits for ever on a client that stopped reading: let the sweep watch it."""
-        smallest = transport.get_write_buffer_size()
-        moved_at = self._loop.time()
-        while not transport.is_closing() and transport.get_write_buffer_size() > HIGH_BYTES:
-            await asyncio.sleep(SWEEP_S)
-            size = transport.get_write_buffer_size()
-            if size < smallest:
-                smallest, moved_at = size, self._loop.time()
-            elif self._loop.time() - moved_at >= self._stall_s:
-                self.abort()
-        if transport.is_closing():
-            raise ClientStalled
-        if self._sweeper is not None:
-            self._sweeper.cancel()
-
-    async def _write_eof(
-        self, request: web.Request, response: web.StreamResponse, data: bytes
+    async def _paced(
+        self, request: web.Request, data: bytes, write: Callable[[bytes], Awaitable[None]]
     ) -> None:
+        """aiohttp's write waits for ever on a client that stopped reading: this one as long as the
+        client takes something. Raises ConnectionResetError."""
+        transport = _transport(request)
+        size = transport.get_write_buffer_size()
+        if size + len(data) <= LOW_BYTES:
+            await write(data)
+            return
         try:
-            async with asyncio.timeout(self._stall_s):
-                await response.write_eof(data)
+            async with asyncio.timeout(self._stall_s) as limit:
+                watch = self._loop.call_later(SWEEP_S, self._watch, transport, limit, 1 << 62)
+                self._sweeper = watch
+                await write(data)
         except TimeoutError:
-            if request.transport is not None:
-                request.transport.abort()
-            self.on_stall()
-            raise ClientStalled from None
+            self._abort(transport)
+            raise ConnectionResetError("the client took nothing") from None
+        finally:
+            if self._sweeper is not None:
+                self._sweeper.cancel()
+
+    def _watch(self, transport: asyncio.Transport, limit: asyncio.Timeout, smallest: int) -> None:
+        """Put the limit off while the client takes something."""
+        size = transport.get_write_buffer_size()
+        if size < smallest and not limit.expired():
+            limit.reschedule(self._loop.time() + self._stall_s)
+        arguments = (transport, limit, min(size, smallest))
+        self._sweeper = self._loop.call_later(SWEEP_S, self._watch, *arguments)
+
+
+def _transport(request: web.Request) -> asyncio.Transport:
+    transport = request.transport
+    if transport is None or transport.is_closing():
+        raise ConnectionResetError("the client is gone")
+    return transport

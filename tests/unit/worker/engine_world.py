@@ -249,6 +249,11 @@ class HeldTransfer:
     def stop(self) -> bool:
         return self._inner.stop() and not self._held
 
+    @property
+    def num_held(self) -> int:
+        with self._lock:
+            return len(self._held)
+
     def let_one_go(self) -> None:
         with self._lock:
             end = self._held.pop(0)

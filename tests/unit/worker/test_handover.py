@@ -175,6 +175,26 @@ async def test_waiting_pull_is_cancelled_without_a_trace() -> None:
             pair.p.stepper.release([handle_of(result).handle_id])
 
 
+async def test_only_tokens_that_are_copied_count_as_in_flight() -> None:
+    async with paired(max_tokens_in_flight=16) as pair:
+        await pair.d.over(pair.d.decode(prompt_of(14, salt=1)))
+        results = [await pair.prefill(salt=salt) for salt in range(2)]
+        keys = [
+            pair.d.decode(prompt_of(14, salt), handle=result.handle, output_ids=first_ids(result))
+            for salt, result in enumerate(results)
+        ]
+        await pair.turns()
+        async with asyncio.timeout(PATIENCE_S):
+            while pair.transfer.num_held < 2:
+                await pair.held()
+        for key in keys:
+            pair.d.stepper.cancel(key)
+        for result in results:
+            pair.transfer.let_one_go()
+            pair.p.stepper.release([handle_of(result).handle_id])
+        await pair.turns()
+
+
 async def test_crashed_step_fences_the_running_pulls() -> None:
     async with paired() as pair:
         pair.d.healthy = False
