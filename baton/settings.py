@@ -29,26 +29,37 @@ def add_flags(parser: argparse.ArgumentParser, config: type[ProcessSettings]) ->
         if field.name == "labels":
             continue
         flag = "--" + field.name.replace("_", "-")
-        choices = _choices(field.type)
-        shown = field.default
+        kind, text = unwrapped(field.type)
+        choices = _choices(kind)
         parser.add_argument(
             flag,
             dest=field.name,
             default=argparse.SUPPRESS,
             choices=choices,
             metavar=None if choices else field.name.rpartition("_")[2].upper(),
-            help=f"default: {_shown(shown)}",
+            help=f"{text} (default: {shown_default(field)})".replace("%", "%%"),
         )
+
+
+def unwrapped(kind: Any) -> tuple[Any, str]:
+    """The plain type of a field and what is said about it."""
+    if typing.get_origin(kind) is not typing.Annotated:
+        return kind, ""
+    plain, *extra = typing.get_args(kind)
+    texts = [meta.description for meta in extra if isinstance(meta, msgspec.Meta)]
+    return plain, texts[0] or "" if texts else ""
 
 
 def _choices(kind: Any) -> tuple[str, ...] | None:
     return typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else None
 
 
-def _shown(value: object) -> str:
+def shown_default(field: msgspec.structs.FieldInfo) -> str:
+    """The default as a person would write it."""
+    value = field.default
     if isinstance(value, tuple):
         return ",".join(map(str, value)) or "none"
-    return "none" if value in ("", None) else str(value).replace("%", "%%")
+    return "none" if value in ("", None, msgspec.NODEFAULT) else str(value)
 
 
 def load_settings(config: type[C], args: argparse.Namespace, environ: Mapping[str, str]) -> C:

@@ -48,6 +48,7 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     guided_grammar: Any = None
     structured_outputs: Any = None
     prompt_logprobs: Any = None
+    use_beam_search: bool | None = None
 
 
 class ChatRequest(SamplingFields, kw_only=True):
@@ -87,7 +88,8 @@ UNSUPPORTED: Final[dict[str, tuple[Any, ...]]] = {
     "guided_choice": (),
     "guided_grammar": (),
     "structured_outputs": (),
-    "prompt_logprobs": (0,),
+    "prompt_logprobs": (),
+    "use_beam_search": (False,),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
@@ -103,6 +105,17 @@ UNSUPPORTED: Final[dict[str, tuple[Any, ...]]] = {
     "best_of": (1,),
 }
 """Field -> values that ask for nothing. None (absent or null) always asks for nothing."""
+
+
+def _asks(value: Any, neutral: tuple[Any, ...]) -> bool:
+    """Whether a field's value wants what we do not have. `logprobs: 0` does, `false` does not:
+    Python takes the two for equal."""
+    if value is None:
+        return False
+    return not any(
+        value == one and isinstance(value, bool) == isinstance(one, bool) for one in neutral
+    )
+
 
 _chat: Final = msgspec.json.Decoder(ChatRequest)
 _completion: Final = msgspec.json.Decoder(CompletionRequest)
@@ -130,8 +143,7 @@ def _checked(decoder: "msgspec.json.Decoder[R]", body: bytes) -> R:
         message = f"the body is not valid JSON: {error}"
         raise ClientError(400, message, code="invalid_json") from None
     for name, neutral in UNSUPPORTED.items():
-        value = getattr(request, name, None)
-        if value is not None and value not in neutral:
+        if _asks(getattr(request, name, None), neutral):
             message = f"`{name}` is not supported by this server"
             raise ClientError(400, message, code="unsupported_parameter", param=name)
     return request

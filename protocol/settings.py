@@ -1,9 +1,10 @@
 """What every Baton process has in common in its configuration: bus, registry, names, logs.
 
-Built once by the command from YAML, environment and flags, then passed down as values.
+Built once by the command from YAML, environment and flags, then passed down as values. The text
+beside each field is its `--help` and its row in `docs/configuration.md`.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -11,28 +12,40 @@ from protocol.errors import ConfigError
 from protocol.ids import is_name
 
 
+def about(text: str) -> msgspec.Meta:
+    """The description of a setting."""
+    return msgspec.Meta(description=text)
+
+
 class ProcessSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Times that operators set end in `_ms`."""
 
-    nats: tuple[str, ...] = ("nats://127.0.0.1:4222",)
-    nats_user: str = ""
-    nats_password: str = ""
-    nats_token: str = ""
-    nats_credentials: str = ""
-    nats_ca: str = ""
-    nats_cert: str = ""
-    nats_key: str = ""
-    etcd: tuple[str, ...] = ("http://127.0.0.1:2379",)
-    etcd_user: str = ""
-    etcd_password: str = ""
-    etcd_ca: str = ""
-    etcd_cert: str = ""
-    etcd_key: str = ""
-    namespace: str = "default"
-    name: str = ""
-    """Of this process, in subjects, keys, logs and metrics; empty: made up."""
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
-    log_format: Literal["text", "json"] = "text"
+    nats: Annotated[tuple[str, ...], about("NATS servers, comma-separated (nats:// or tls://)")] = (
+        "nats://127.0.0.1:4222",
+    )
+    nats_user: Annotated[str, about("NATS user")] = ""
+    nats_password: Annotated[str, about("NATS password")] = ""
+    nats_token: Annotated[str, about("NATS token, instead of a user")] = ""
+    nats_credentials: Annotated[str, about("NATS .creds file")] = ""
+    nats_ca: Annotated[str, about("authorities NATS is checked against; turns TLS on")] = ""
+    nats_cert: Annotated[str, about("our certificate for NATS")] = ""
+    nats_key: Annotated[str, about("key of that certificate")] = ""
+    etcd: Annotated[tuple[str, ...], about("etcd endpoints, comma-separated")] = (
+        "http://127.0.0.1:2379",
+    )
+    etcd_user: Annotated[str, about("etcd user")] = ""
+    etcd_password: Annotated[str, about("etcd password")] = ""
+    etcd_ca: Annotated[str, about("authorities etcd is checked against")] = ""
+    etcd_cert: Annotated[str, about("our certificate for etcd")] = ""
+    etcd_key: Annotated[str, about("key of that certificate")] = ""
+    namespace: Annotated[str, about("separates fleets that share NATS and etcd")] = "default"
+    name: Annotated[str, about("of this process in keys, logs and metrics; empty: made up")] = ""
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], about("how much to log")] = (
+        "info"
+    )
+    log_format: Annotated[Literal["text", "json"], about("one line per event, as text or JSON")] = (
+        "text"
+    )
 
     def check(self) -> None:
         """Raises ConfigError, one line."""

@@ -122,7 +122,9 @@ class Admin:
 def _worker(view: WorkerView) -> dict[str, Any]:
     """One worker for people: what it is, what it says, what we hold there."""
     info: dict[str, Any] = as_builtins(view.info)
-    report = as_builtins(view.report) if view.report is not None else None
+    report = None
+    if view.report is not None:  # an array on the wire; names are for people
+        report = {name: getattr(view.report, name) for name in view.report.__struct_fields__}
     return {
         **info,
         "listed": view.listed,

@@ -65,7 +65,8 @@ class ServedModel:
 class _Model:
     created: int
     workers: dict[str, WorkerInfo] = field(default_factory=dict)
-    last: WorkerInfo | None = None
+    best: WorkerInfo | None = None
+    """Whose text and digest new prompts get; kept when the last worker has left."""
 
 
 class Catalog:
@@ -93,23 +94,21 @@ class Catalog:
 
     def listed(self, info: WorkerInfo) -> None:
         for name, model in self._models.items():
-            if name != info.model:
-                model.workers.pop(info.worker_id, None)
+            if name != info.model and model.workers.pop(info.worker_id, None) is not None:
+                model.best = _most_common(model)
         model = self._models.setdefault(info.model, _Model(int(self._wall_clock())))
         model.workers[info.worker_id] = info
-        model.last = info
+        model.best = _most_common(model)
         if len(self._models) > MAX_MODELS:
             self._models.popitem(last=False)
-        digest = info.assets_digest
-        if digest and digest not in self._texts and digest not in self._fetching:
-            self._fetching[digest] = asyncio.Event()
-            self._tasks.create_task(self._fetch(info.model, digest), name=f"assets {digest[:8]}")
+        self._want(info.model, info.assets_digest)
 
     def unlisted(self, worker: str, incarnation: str) -> None:
         for model in self._models.values():
             info = model.workers.get(worker)
             if info is not None and info.incarnation == incarnation:
                 del model.workers[worker]
+                model.best = _most_common(model)
 
     # --- the front's side ---
 
@@ -120,17 +119,20 @@ class Catalog:
     async def served(self, name: str) -> ServedModel:
         """Raises ClientError: 404 for an unknown model, 503 while its assets cannot be had."""
         model = self._models.get(name)
-        info = _most_common(model) if model is not None else None
+        info = model.best if model is not None else None
         if model is None or info is None:
             message = f"the model `{name}` does not exist"
             raise ClientError(404, message, code="model_not_found", param="model")
-        text = self._texts.get(info.assets_digest)
+        digest = info.assets_digest
+        text = self._texts.get(digest)
         if text is None:
-            await self._wait(info.assets_digest)
-            text = self._texts.get(info.assets_digest)
+            self._want(name, digest)
+            await self._wait(digest)
+            text = self._texts.get(digest)
         if text is None:
             message = f"the tokenizer of `{name}` has not arrived from its workers yet"
             raise ClientError(503, message, code="assets_unavailable", retry_after_s=1)
+        self._texts.move_to_end(digest)
         return ServedModel(
             name=name,
             tokenizer=text.tokenizer,
@@ -151,6 +153,13 @@ class Catalog:
             pass
 
     # --- assets ---
+
+    def _want(self, name: str, digest: str) -> None:
+        """Start fetching, unless the text is here or on its way."""
+        if not digest or digest in self._texts or digest in self._fetching:
+            return
+        self._fetching[digest] = asyncio.Event()
+        self._tasks.create_task(self._fetch(name, digest), name=f"assets {digest[:8]}")
 
     async def _fetch(self, name: str, digest: str) -> None:
         """Ask workers in turn until one gives the assets; end when nobody has them any more."""
@@ -187,12 +196,12 @@ class Catalog:
 
 def _most_common(model: _Model) -> WorkerInfo | None:
     """A worker of the digest that most workers have: during a rolling upgrade prompts go to the
-    larger side. Without workers the last one known, so that the scheduler can say 503."""
+    larger side. Without workers the one before, so that the scheduler can say 503."""
     counts: dict[str, int] = {}
     for info in model.workers.values():
         counts[info.model_digest] = counts.get(info.model_digest, 0) + 1
     if not counts:
-        return model.last
+        return model.best
     best = max(counts, key=lambda digest: (counts[digest], digest))
     return next(info for info in model.workers.values() if info.model_digest == best)
 

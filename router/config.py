@@ -1,34 +1,58 @@
 """What an operator can set for a router: one frozen struct from YAML, environment and flags."""
 
+from typing import Annotated
+
 from protocol.errors import ConfigError
-from protocol.settings import ProcessSettings
+from protocol.settings import ProcessSettings, about
 from router.scheduling.limits import Limits
 
 
 class RouterConfig(ProcessSettings, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Times end in `_ms`. See `docs/configuration.md`."""
 
-    host: str = "127.0.0.1"
-    port: int = 8000
-    tls_cert: str = ""
-    tls_key: str = ""
-    api_keys: tuple[str, ...] = ()
-    max_body_bytes: int = 32 << 20
-    max_choices: int = 1024
-    queue_timeout_ms: int = 30_000
-    accept_timeout_ms: int = 1_000
-    silence_timeout_ms: int = 2_500
-    prefill_timeout_ms: int = 30_000
-    decode_wait_timeout_ms: int = 30_000
-    kv_transfer_timeout_ms: int = 60_000
-    stall_timeout_ms: int = 10_000
-    replay_timeout_ms: int = 1_000
-    client_stall_timeout_ms: int = 30_000
-    request_timeout_ms: int | None = None
-    drain_timeout_ms: int = 30_000
-    max_queue: int = 4_096
-    max_attempts: int = 4
-    local_prefill_tokens: int = 4
+    host: Annotated[str, about("where to listen")] = "127.0.0.1"
+    port: Annotated[int, about("where to listen; 0: any free port")] = 8000
+    tls_cert: Annotated[str, about("certificate of the HTTP endpoint")] = ""
+    tls_key: Annotated[str, about("key of that certificate")] = ""
+    api_keys: Annotated[
+        tuple[str, ...], about("keys clients must send, comma-separated; empty: none is asked for")
+    ] = ()
+    max_body_bytes: Annotated[int, about("a larger request body is a 413")] = 32 << 20
+    max_choices: Annotated[int, about("choices in one request (n times prompts)")] = 1024
+    queue_timeout_ms: Annotated[int, about("a choice waits this long for a worker, then 503")] = (
+        30_000
+    )
+    accept_timeout_ms: Annotated[
+        int, about("a worker says within this time that it has a job, or another gets it")
+    ] = 1_000
+    silence_timeout_ms: Annotated[
+        int, about("a worker without a load report for so long loses its jobs")
+    ] = 2_500
+    prefill_timeout_ms: Annotated[int, about("a prefill may go without progress for so long")] = (
+        30_000
+    )
+    decode_wait_timeout_ms: Annotated[
+        int, about("KV waits this long for a place on a decode worker")
+    ] = 30_000
+    kv_transfer_timeout_ms: Annotated[int, about("a pull may go without progress for so long")] = (
+        60_000
+    )
+    stall_timeout_ms: Annotated[int, about("a stream may go without a token for so long")] = 10_000
+    replay_timeout_ms: Annotated[
+        int, about("a worker answers a replay within this time, or its work moves")
+    ] = 1_000
+    client_stall_timeout_ms: Annotated[int, about("a client may take nothing for so long")] = 30_000
+    request_timeout_ms: Annotated[
+        int | None, about("cap on a whole request; none by default, so long answers are never cut")
+    ] = None
+    drain_timeout_ms: Annotated[int, about("after SIGTERM, running requests get this long")] = (
+        30_000
+    )
+    max_queue: Annotated[int, about("waiting choices; more are rejected at once")] = 4_096
+    max_attempts: Annotated[int, about("dispatches of one choice without progress")] = 4
+    local_prefill_tokens: Annotated[
+        int, about("an uncached part this short is prefilled where it decodes")
+    ] = 4
 
     def check(self) -> None:
         super().check()

@@ -4,6 +4,7 @@ Thin: a handler reads the body, lets `Front` check it, submits the choices and l
 writer do the rest. Every error has OpenAI's shape and the request id.
 """
 
+import asyncio
 import hmac
 import logging
 import secrets
@@ -11,6 +12,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Final
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from protocol.errors import ClientError
 from protocol.ids import is_name
@@ -21,8 +23,9 @@ from router.dispatch import Dispatch
 from router.metrics import RouterMetrics
 from router.nats_api import model_entry, models_body
 from router.requests import Front, Prepared
+from router.running import Running
 from router.sinks import CollectSink, StreamSink
-from router.streams import ClientStalled, SseWriter
+from router.streams import SseWriter
 
 _log = logging.getLogger("baton.router")
 
@@ -45,30 +48,35 @@ class HttpApi:
         *,
         front: Front,
         dispatch: Dispatch,
+        running: Running,
         catalog: Catalog,
         admin: Admin,
         metrics: RouterMetrics,
         api_keys: tuple[str, ...],
         max_body_bytes: int,
         client_stall_s: float,
+        ping_s: float,
     ) -> None:
         self._front = front
         self._dispatch = dispatch
+        self._running = running
         self._catalog = catalog
         self._admin = admin
         self._metrics = metrics
         self._api_keys = [key.encode() for key in api_keys]
         self._max_body_bytes = max_body_bytes
         self._client_stall_s = client_stall_s
+        self._ping_s = ping_s
         self.accepting = True
         """False while draining: new work is refused with a 503."""
 
     def app(self) -> web.Application:
-        app = web.Application(client_max_size=self._max_body_bytes, middlewares=[self._edge])
+        app = web.Application(middlewares=[self._edge])
+        expect = self._expect
         app.add_routes(
             [
-                web.post("/v1/chat/completions", self._chat),
-                web.post("/v1/completions", self._completions),
+                web.post("/v1/chat/completions", self._chat, expect_handler=expect),
+                web.post("/v1/completions", self._completions, expect_handler=expect),
                 web.get("/v1/models", self._models),
                 web.get("/v1/models/{model:.+}", self._model),
                 *self._admin.routes(),
@@ -82,25 +90,23 @@ class HttpApi:
     async def _edge(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Request id, API key, and errors in OpenAI's shape."""
         asked = request.headers.get("x-request-id", "")
-        request_id = asked if is_name(asked) else new_request_id()
-        request["id"] = request_id
+        request_id = request["id"] = asked if is_name(asked) else new_request_id()
         try:
             self._authorize(request)
             response = await handler(request)
         except ClientError as error:
-            response = error_response(error, request_id)
+            response = error_response(error, request["id"])
         except web.HTTPException as error:
-            response = error_response(_from_http(error, self._max_body_bytes), request_id)
+            response = error_response(_from_http(error), request_id)
             response.headers.update(_kept_headers(error))
-        except (ClientStalled, ConnectionError):
-            self._metrics.slow_clients.inc()
-            raise
-        except Exception:  # noqa: BLE001 - the edge: a bug becomes a 500 with its request id
-            _log.exception("request failed request_id=%s path=%s", request_id, request.path)
+        except ConnectionError:
+            raise  # the client is gone; aiohttp closes what is left
+        except Exception:
+            _log.exception("request failed request_id=%s path=%s", request["id"], request.path)
             bug = ClientError(500, "internal error", code="internal_error")
-            response = error_response(bug, request_id)
+            response = error_response(bug, request["id"])
         if not response.prepared:
-            response.headers["x-request-id"] = request_id
+            response.headers["x-request-id"] = request["id"]
         route = request.match_info.route.resource
         path = route.canonical if route is not None else "other"
         self._metrics.http.labels(path, str(response.status)).inc()
@@ -126,17 +132,28 @@ class HttpApi:
     async def _infer(self, request: web.Request, prepare: Prepare) -> web.StreamResponse:
         if not self.accepting:
             raise ClientError(503, "shutting down", code="shutting_down", retry_after_s=1)
-        request_id: str = request["id"]
-        prepared = await prepare(await request.read(), request_id)
-        headers = {"x-request-id": request_id}
-        if prepared.stream:
-            return await self._stream(request, prepared, headers)
-        return await self._collect(prepared, headers)
+        request_id = request["id"] = self._running.begin(request["id"])
+        try:
+            prepared = await prepare(await self._body(request), request_id)
+            headers = {"x-request-id": request_id}
+            if prepared.stream:
+                return await self._stream(request, prepared, headers)
+            return await self._collect(request_id, prepared, headers)
+        finally:
+            self._running.end(request_id)
 
     async def _stream(
         self, request: web.Request, prepared: Prepared, headers: Mapping[str, str]
     ) -> web.StreamResponse:
-        writer = SseWriter(request["id"], stall_s=self._client_stall_s)
+        request_id = request["id"]
+
+        def on_stall() -> None:
+            self._metrics.slow_clients.inc()
+            self._running.end(request_id)
+
+        writer = SseWriter(
+            request_id, stall_s=self._client_stall_s, ping_s=self._ping_s, on_stall=on_stall
+        )
         sink = StreamSink(
             prepared.answer,
             prepared.specs,
@@ -145,23 +162,63 @@ class HttpApi:
             writer,
             include_usage=prepared.include_usage,
         )
-        writer.on_stall = sink.cancel_all
-        try:
-            for spec in prepared.specs:
-                self._dispatch.submit(spec, sink)
-            return await writer.serve(request, headers)
-        finally:
-            sink.cancel_all()
+        self._running.start(request_id, prepared, sink)
+        return await writer.serve(request, headers)
 
-    async def _collect(self, prepared: Prepared, headers: Mapping[str, str]) -> web.Response:
+    async def _collect(
+        self, request_id: str, prepared: Prepared, headers: Mapping[str, str]
+    ) -> web.Response:
         sink = CollectSink(prepared.answer, prepared.specs, prepared.n, self._dispatch.cancel)
+        self._running.start(request_id, prepared, sink)
+        await sink.done.wait()
+        return json_response(sink.body(), headers=headers)
+
+    # --- bodies ---
+
+    async def _body(self, request: web.Request) -> bytes:
+        """The whole body. Raises ClientError: 413 before the rest of it is read, 408 when nothing
+        comes, 400 when its encoding is broken."""
+        self._check_size(request.content_length or 0)
+        parts: list[bytes] = []
+        size = 0
         try:
-            for spec in prepared.specs:
-                self._dispatch.submit(spec, sink)
-            body = await sink.done
-        finally:
-            sink.cancel_all()
-        return web.Response(body=body, content_type="application/json", headers=headers)
+            while not request.content.at_eof():
+                async with asyncio.timeout(self._client_stall_s):
+                    part = await request.content.readany()
+                parts.append(part)
+                size += len(part)
+                self._check_size(size)
+        except TimeoutError:
+            raise ClientError(408, "the body did not arrive", code="body_timeout") from None
+        except (ClientError, ConnectionError):
+            raise
+        except (HttpProcessingError, web.RequestPayloadError) as error:
+            message = f"the body's encoding is broken: {type(error).__name__}"
+            raise ClientError(400, message, code="invalid_body") from None
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _check_size(self, size: int) -> None:
+        if size > self._max_body_bytes:
+            message = f"the body is larger than {self._max_body_bytes} bytes"
+            raise ClientError(413, message, code="body_too_large")
+
+    async def _expect(self, request: web.Request) -> web.StreamResponse | None:
+        """`Expect: 100-continue`: what would be refused anyway is refused before it is sent."""
+        if request.version < (1, 1):
+            return None
+        try:
+            self._check_size(request.content_length or 0)
+            if request.headers["Expect"].lower() != "100-continue":
+                raise ClientError(417, "only `Expect: 100-continue` is known", code="expectation")
+        except ClientError as error:
+            request_id = new_request_id()
+            response = error_response(error, request_id)
+            response.headers["x-request-id"] = request_id
+            response.force_close()  # the body may come or not
+            return response
+        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        request.writer.output_size = 0
+        return None
 
     # --- models ---
 
@@ -177,22 +234,21 @@ class HttpApi:
         raise ClientError(404, message, code="model_not_found", param="model")
 
 
-def json_response(body: bytes, status: int = 200) -> web.Response:
-    return web.Response(body=body, status=status, content_type="application/json")
+def json_response(
+    body: bytes, status: int = 200, headers: Mapping[str, str] | None = None
+) -> web.Response:
+    return web.Response(body=body, status=status, content_type="application/json", headers=headers)
 
 
-def error_response(error: ClientError, request_id: str) -> web.Response:
+def error_response(error: ClientError, request_id: str) -> web.StreamResponse:
     response = json_response(to_json(error.body(request_id)), error.status)
     if error.retry_after_s is not None:
         response.headers["Retry-After"] = str(error.retry_after_s)
     return response
 
 
-def _from_http(error: web.HTTPException, max_body_bytes: int) -> ClientError:
-    """aiohttp's own refusals (404, 405, 413) in our shape."""
-    if error.status == 413:
-        message = f"the body is larger than {max_body_bytes} bytes"
-        return ClientError(413, message, code="body_too_large")
+def _from_http(error: web.HTTPException) -> ClientError:
+    """aiohttp's own refusals (404, 405) in our shape."""
     codes = {404: "not_found", 405: "method_not_allowed"}
     code = codes.get(error.status, "invalid_request")
     return ClientError(error.status, error.reason, code=code)

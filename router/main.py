@@ -15,7 +15,7 @@ from discovery import etcd_config
 from discovery.etcd import EtcdRegistry
 from protocol import nats_config
 from protocol.bus import BusEvent
-from protocol.errors import ConfigError
+from protocol.errors import ClientError, ConfigError
 from protocol.nats_bus import NatsBus
 from protocol.subjects import Subjects
 from router.admin import Admin, package_version
@@ -27,6 +27,7 @@ from router.http import HttpApi, new_request_id
 from router.metrics import RouterMetrics
 from router.nats_api import NatsApi, models_body
 from router.requests import Front
+from router.running import Running
 
 _log = logging.getLogger("baton.router")
 
@@ -131,23 +132,27 @@ class _Server:
             state=self._state,
             is_accepting=lambda: self._http.accepting,
         )
+        self._running = Running(dispatch, new_request_id)
         self._http = HttpApi(
             front=front,
             dispatch=dispatch,
+            running=self._running,
             catalog=catalog,
             admin=admin,
             metrics=metrics,
             api_keys=config.api_keys,
             max_body_bytes=config.max_body_bytes,
             client_stall_s=config.client_stall_timeout_ms / 1e3,
+            ping_s=config.ping_interval_ms / 1e3,
         )
         self._nats_api = NatsApi(
             bus=bus,
             subjects=subjects,
             front=front,
             dispatch=dispatch,
+            running=self._running,
             tasks=tasks,
-            new_id=new_request_id,
+            max_body_bytes=config.max_body_bytes,
             models=lambda: models_body(catalog.names()),
         )
         self._runner = web.AppRunner(
@@ -209,12 +214,15 @@ class _Server:
         while self._dispatch.num_inflight and not stop_now.is_set():
             if asyncio.get_running_loop().time() >= deadline:
                 _log.warning("drain deadline, aborting inflight=%d", self._dispatch.num_inflight)
-                return
+                break
             try:
                 async with asyncio.timeout(0.1):
                     await stop_now.wait()
             except TimeoutError:
                 pass
+        self._running.abort_all(
+            ClientError(503, "shutting down", code="shutting_down", retry_after_s=1)
+        )
 
     async def close(self) -> None:
         await self._runner.cleanup()

@@ -12,50 +12,62 @@ from collections.abc import Callable
 from typing import Final
 
 from protocol.bus import Bus, Message, Subscription
-from protocol.errors import BusError, ClientError
-from protocol.ids import is_name
+from protocol.errors import BadMessage, BusError, ClientError
 from protocol.subjects import Subjects
 from router.answers import to_json
 from router.dispatch import Dispatch
 from router.requests import Front, Prepared
+from router.running import Running
 from router.sinks import CollectSink, StreamSink, error_json
 
 _log = logging.getLogger("baton.router")
 
 STATUS: Final = "Baton-Status"
+REQUEST_ID: Final = "x-request-id"
 QUEUE: Final = "baton-routers"
 MAX_OPEN: Final = 65_536
 
 
 class ReplyWriter:
-    """A `ChunkWriter` over a reply inbox."""
+    """A `ChunkWriter` over a reply inbox. `on_end` is called when nothing more will be said."""
 
-    def __init__(self, bus: Bus, reply: str, watch: str, request_id: str) -> None:
+    def __init__(
+        self,
+        bus: Bus,
+        reply: str,
+        request_id: str,
+        *,
+        watch: str = "",
+        on_end: Callable[[], None] = lambda: None,
+    ) -> None:
         self._bus = bus
         self._reply = reply
-        self._watch = watch
         self._request_id = request_id
-        self.on_end: Callable[[], None] = lambda: None
+        self._watch = watch
+        self._on_end = on_end
 
     def write(self, chunk: bytes) -> None:
         try:
             self._bus.publish(self._reply, chunk, reply=self._watch)
         except BusError:
-            self.on_end()
+            self._on_end()  # a stream with a hole is no stream: the silence tells the client
 
     def fail(self, error: ClientError) -> None:
         self.write(error_json(error, self._request_id))
-        self._end(error.status)
+        self._end(error.status, error.retry_after_s)
 
     def finish(self) -> None:
-        self._end(200)
+        self._end(200, None)
 
-    def _end(self, status: int) -> None:
+    def _end(self, status: int, retry_after_s: int | None) -> None:
+        headers = {STATUS: str(status), REQUEST_ID: self._request_id}
+        if retry_after_s is not None:
+            headers["Retry-After"] = str(retry_after_s)
         try:
-            self._bus.publish(self._reply, b"", headers={STATUS: str(status)})
+            self._bus.publish(self._reply, b"", headers=headers)
         except BusError:
             pass
-        self.on_end()
+        self._on_end()
 
 
 class NatsApi:
@@ -68,8 +80,9 @@ class NatsApi:
         subjects: Subjects,
         front: Front,
         dispatch: Dispatch,
+        running: Running,
         tasks: asyncio.TaskGroup,
-        new_id: Callable[[], str],
+        max_body_bytes: int,
         models: Callable[[], bytes],
     ) -> None:
         self._bus = bus
@@ -77,7 +90,8 @@ class NatsApi:
         self._front = front
         self._dispatch = dispatch
         self._tasks = tasks
-        self._new_id = new_id
+        self._running = running
+        self._max_body_bytes = max_body_bytes
         self._models = models
         self._tokens = itertools.count(1)
         self._open = 0
@@ -94,78 +108,83 @@ class NatsApi:
             await self._subscription.close()
 
     def _on_request(self, message: Message) -> None:
-        if not message.reply or message.no_responders:
-            return  # nobody would hear the answer
+        if message.no_responders:
+            return
+        if not _is_answerable(message.reply):
+            self._dispatch.inbox.bad_message(message.subject, BadMessage("no inbox for the answer"))
+            return
         if self._open >= MAX_OPEN:
             error = ClientError(503, "too many open requests", code="queue_full", retry_after_s=1)
-            ReplyWriter(self._bus, message.reply, "", "").fail(error)
+            ReplyWriter(self._bus, message.reply, self._running.new_id()).fail(error)
             return
         self._open += 1
         self._tasks.create_task(self._serve(message), name="api request")
 
     async def _serve(self, message: Message) -> None:
         headers = message.headers or {}
-        asked = headers.get("x-request-id", "") or headers.get("X-Request-Id", "")
-        request_id = asked if is_name(asked) else self._new_id()
-        token = str(next(self._tokens))
+        asked = headers.get(REQUEST_ID, "") or headers.get("X-Request-Id", "")
+        request_id = self._running.begin(asked)
         try:
-            await self._answer(message, request_id, token)
+            await self._answer(message, request_id)
         except ClientError as error:
-            ReplyWriter(self._bus, message.reply, "", request_id).fail(error)
-        except Exception:  # noqa: BLE001 - the edge: a bug here must not be a hang there
+            self._fail(message, request_id, error)
+        except Exception:
             _log.exception("api request failed request_id=%s", request_id)
             bug = ClientError(500, "internal error", code="internal_error")
-            ReplyWriter(self._bus, message.reply, "", request_id).fail(bug)
+            self._fail(message, request_id, bug)
         finally:
             self._open -= 1
-            self._dispatch.inbox.unwatch_client(token)
+            self._running.end(request_id)
 
-    async def _answer(self, message: Message, request_id: str, token: str) -> None:
+    def _fail(self, message: Message, request_id: str, error: ClientError) -> None:
+        ReplyWriter(self._bus, message.reply, request_id).fail(error)
+
+    async def _answer(self, message: Message, request_id: str) -> None:
         endpoint = self._subjects.endpoint_of(message.subject)
         if endpoint == "models":
-            writer = ReplyWriter(self._bus, message.reply, "", request_id)
+            writer = ReplyWriter(self._bus, message.reply, request_id)
             writer.write(self._models())
             writer.finish()
             return
-        if endpoint == "chat.completions":
-            prepared = await self._front.chat(message.payload, request_id)
-        elif endpoint == "completions":
-            prepared = await self._front.completion(message.payload, request_id)
-        else:
+        if endpoint not in ("chat.completions", "completions"):
             raise ClientError(404, f"no endpoint `{endpoint}`", code="not_found")
-        await self._run(message, request_id, token, prepared)
+        if len(message.payload) > self._max_body_bytes:
+            text = f"the body is larger than {self._max_body_bytes} bytes"
+            raise ClientError(413, text, code="body_too_large")
+        prepare = self._front.chat if endpoint == "chat.completions" else self._front.completion
+        await self._run(message, request_id, await prepare(message.payload, request_id))
 
-    async def _run(self, message: Message, request_id: str, token: str, prepared: Prepared) -> None:
+    async def _run(self, message: Message, request_id: str, prepared: Prepared) -> None:
         over = asyncio.Event()
+        token = str(next(self._tokens))
         watch = self._dispatch.watch_client(token, over.set)
-        writer = ReplyWriter(self._bus, message.reply, watch, request_id)
-        writer.on_end = over.set
+        writer = ReplyWriter(self._bus, message.reply, request_id, watch=watch, on_end=over.set)
         cancel = self._dispatch.cancel
-        sink: StreamSink | CollectSink
-        if prepared.stream:
-            sink = StreamSink(
-                prepared.answer,
-                prepared.specs,
-                prepared.n,
-                cancel,
-                writer,
-                include_usage=prepared.include_usage,
-            )
-        else:
-            sink = CollectSink(prepared.answer, prepared.specs, prepared.n, cancel)
-            sink.done.add_done_callback(lambda _: over.set())
         try:
-            for spec in prepared.specs:
-                self._dispatch.submit(spec, sink)
-            await over.wait()
+            if prepared.stream:
+                stream = StreamSink(
+                    prepared.answer,
+                    prepared.specs,
+                    prepared.n,
+                    cancel,
+                    writer,
+                    include_usage=prepared.include_usage,
+                )
+                self._running.start(request_id, prepared, stream)
+                await over.wait()
+            else:
+                whole = CollectSink(prepared.answer, prepared.specs, prepared.n, cancel)
+                self._running.start(request_id, prepared, whole)
+                await whole.done.wait()
+                writer.write(whole.body())
+                writer.finish()
         finally:
-            sink.cancel_all()
-        if isinstance(sink, CollectSink):
-            if not sink.done.done():
-                sink.done.cancel()
-                return  # the client is gone
-            writer.write(sink.done.result())
-            writer.finish()
+            self._dispatch.inbox.unwatch_client(token)
+
+
+def _is_answerable(reply: str) -> bool:
+    """Whether an answer can be published there: it came from the client as it liked."""
+    return bool(reply) and all(part and part not in "*>" for part in reply.split("."))
 
 
 def models_body(names: list[tuple[str, int]]) -> bytes:

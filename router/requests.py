@@ -28,11 +28,14 @@ from router.catalog import Catalog, ServedModel
 from router.choices import ChoiceSpec
 from text.chat import MessagesError, template_messages
 from text.template import TemplateError
-from text.tokenizer import is_long
+from text.tokenizer import LONG_TEXT_CHARS
 
 COMPLETION_MAX_TOKENS: Final = 16
+MAX_N: Final = 128
 MAX_STOPS: Final = 16
 MAX_STOP_CHARS: Final = 1024
+MAX_STOP_IDS: Final = 128
+MAX_SALT_CHARS: Final = 256
 _SEED_SPACE: Final = 1 << 63
 
 
@@ -66,18 +69,39 @@ class Front:
     async def chat(self, body: bytes, request_id: str) -> Prepared:
         """`/v1/chat/completions`. Raises ClientError."""
         request = decode_chat(body)
+        self._check(request, num_prompts=1)
         model = await self._catalog.served(_model_name(request))
-        text = self._render(request, model)
-        ids = await _encode(model, text, add_special_tokens=False)
+        if len(body) < LONG_TEXT_CHARS and not request.chat_template_kwargs:
+            text = self._render(request, model)
+        else:  # a template may compute for half a second
+            text = await asyncio.to_thread(self._render, request, model)
+        [ids] = await _encode(model, [text], "messages", add_special_tokens=False)
         limit = request.max_completion_tokens
         return self._prepared(request, request_id, model, [ids], limit, "chat")
 
     async def completion(self, body: bytes, request_id: str) -> Prepared:
         """`/v1/completions`. Raises ClientError."""
         request = decode_completion(body)
+        prompt = request.prompt
+        is_batch = isinstance(prompt, list) and not isinstance(next(iter(prompt), 0), int)
+        self._check(request, num_prompts=len(prompt) if is_batch else 1)
         model = await self._catalog.served(_model_name(request))
         prompts = await _prompts(request, model)
         return self._prepared(request, request_id, model, prompts, None, "text")
+
+    def _check(self, request: SamplingFields, *, num_prompts: int) -> None:
+        """What can be said before anything costs time. Raises ClientError."""
+        n = 1 if request.n is None else request.n
+        _in_range("n", n, 1, MAX_N)
+        if n * num_prompts > self._max_choices:
+            message = f"{n * num_prompts} choices in one request; at most {self._max_choices}"
+            raise ClientError(400, message, code="too_many_choices", param="n")
+        if request.stream_options is not None and not request.stream:
+            message = "`stream_options` is only allowed when `stream` is true"
+            raise ClientError(400, message, code="invalid_value", param="stream_options")
+        if len(request.cache_salt or "") > MAX_SALT_CHARS:
+            message = f"`cache_salt` has at most {MAX_SALT_CHARS} characters"
+            raise ClientError(400, message, code="invalid_value", param="cache_salt")
 
     def _render(self, request: ChatRequest, model: ServedModel) -> str:
         try:
@@ -105,13 +129,7 @@ class Front:
         limit: int | None,
         kind: str,
     ) -> Prepared:
-        n = _n(request)
-        if n * len(prompts) > self._max_choices:
-            message = f"{n * len(prompts)} choices in one request; at most {self._max_choices}"
-            raise ClientError(400, message, code="too_many_choices", param="n")
-        if request.stream_options is not None and not request.stream:
-            message = "stream_options is only allowed when stream is true"
-            raise ClientError(400, message, code="invalid_value", param="stream_options")
+        n = 1 if request.n is None else request.n
         seed = request.seed if request.seed is not None else self._rng.randrange(_SEED_SPACE)
         specs = []
         for p, ids in enumerate(prompts):
@@ -145,40 +163,41 @@ def _model_name(request: SamplingFields) -> str:
     return request.model
 
 
-def _n(request: SamplingFields) -> int:
-    n = 1 if request.n is None else request.n
-    if not 1 <= n <= 128:
-        raise ClientError(400, "`n` must be from 1 to 128", code="invalid_value", param="n")
-    return n
+async def _encode(
+    model: ServedModel, texts: list[str], param: str, *, add_special_tokens: bool
+) -> list[list[int]]:
+    """Long texts, and many short ones, in a thread."""
 
+    def encode() -> list[list[int]]:
+        one = model.tokenizer.encode
+        return [one(text, add_special_tokens=add_special_tokens) for text in texts]
 
-async def _encode(model: ServedModel, text: str, *, add_special_tokens: bool) -> list[int]:
-    tokenizer = model.tokenizer
-    if is_long(text):
-        return await asyncio.to_thread(
-            tokenizer.encode, text, add_special_tokens=add_special_tokens
-        )
-    return tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    try:
+        if sum(map(len, texts)) < LONG_TEXT_CHARS:
+            return encode()
+        return await asyncio.to_thread(encode)
+    except ValueError as error:  # half a surrogate pair
+        raise ClientError(400, str(error), code="invalid_value", param=param) from None
 
 
 async def _prompts(request: CompletionRequest, model: ServedModel) -> list[list[int]]:
+    """A string, token ids, or a list of either."""
     prompt = request.prompt
     if isinstance(prompt, str):
-        return [await _encode(model, prompt, add_special_tokens=True)]
+        return await _encode(model, [prompt], "prompt", add_special_tokens=True)
     if not prompt:
         raise ClientError(400, "`prompt` is empty", code="invalid_value", param="prompt")
-    if all(isinstance(part, int) for part in prompt):
-        return [_checked_ids([part for part in prompt if isinstance(part, int)], model)]
-    result = []
-    for part in prompt:
-        if isinstance(part, str) and isinstance(prompt[0], str):
-            result.append(await _encode(model, part, add_special_tokens=True))
-        elif isinstance(part, list) and isinstance(prompt[0], list):
-            result.append(_checked_ids(part, model))
-        else:
-            message = "`prompt` must be a string, token ids, or a list of either, not mixed"
-            raise ClientError(400, message, code="invalid_type", param="prompt")
-    return result
+    texts = [part for part in prompt if isinstance(part, str)]
+    if len(texts) == len(prompt):
+        return await _encode(model, texts, "prompt", add_special_tokens=True)
+    ids = [part for part in prompt if isinstance(part, int)]
+    if len(ids) == len(prompt):
+        return [_checked_ids(ids, model)]
+    batch = [part for part in prompt if isinstance(part, list)]
+    if len(batch) == len(prompt):
+        return [_checked_ids(part, model) for part in batch]
+    message = "`prompt` must be a string, token ids, or a list of either, not mixed"
+    raise ClientError(400, message, code="invalid_type", param="prompt")
 
 
 def _checked_ids(ids: list[int], model: ServedModel) -> list[int]:
@@ -241,7 +260,7 @@ def _sampling(request: SamplingFields, model: ServedModel, max_tokens: int, seed
         top_k=max(top_k, 0),
         seed=seed % _SEED_SPACE,
         stop=_stops(request),
-        stop_token_ids=request.stop_token_ids or [],
+        stop_token_ids=_stop_ids(request, model),
         min_tokens=min_tokens,
         ignore_eos=bool(request.ignore_eos),
         include_stop=bool(request.include_stop_str_in_output),
@@ -251,8 +270,17 @@ def _sampling(request: SamplingFields, model: ServedModel, max_tokens: int, seed
 
 def _in_range(name: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:
-        message = f"`{name}` is {value}; it must be from {low} to {high}"
+        message = f"`{name}` must be from {low:g} to {high:g}"
         raise ClientError(400, message, code="invalid_value", param=name)
+
+
+def _stop_ids(request: SamplingFields, model: ServedModel) -> list[int]:
+    ids = request.stop_token_ids or []
+    vocab = model.tokenizer.vocab_size
+    if len(ids) > MAX_STOP_IDS or not all(0 <= token_id < vocab for token_id in ids):
+        message = f"`stop_token_ids` takes at most {MAX_STOP_IDS} ids from 0 to {vocab - 1}"
+        raise ClientError(400, message, code="invalid_value", param="stop_token_ids")
+    return ids
 
 
 def _stops(request: SamplingFields) -> list[str]:

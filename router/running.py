@@ -20,14 +20,14 @@ class Running:
 
     def __init__(self, dispatch: Dispatch, new_id: Callable[[], str]) -> None:
         self._dispatch = dispatch
-        self._new_id = new_id
+        self.new_id = new_id
         self._sinks: dict[str, JoinedSink | None] = {}
 
     def begin(self, asked: str) -> str:
         """The request's id: the client's if it is a name, marked if that is already in use."""
-        request_id = asked if is_name(asked) else self._new_id()
+        request_id = asked if is_name(asked) else self.new_id()
         while request_id in self._sinks:
-            mark = self._new_id()[: _MARK - 1]
+            mark = self.new_id()[: _MARK - 1]
             request_id = f"{request_id[: MAX_NAME - _MARK]}-{mark}"
         self._sinks[request_id] = None
         return request_id

@@ -174,6 +174,8 @@ class SseWriter:
                 async with asyncio.timeout(self._ping_s):
                     await self._ready.wait()
             except TimeoutError:
+                if self._ready.is_set():
+                    break
                 if response is None:
                     response = await self._prepare(request, headers)
                 await self._paced(request, _PING, response.write)

@@ -1,56 +1,81 @@
 """What an operator can set for a worker: built by the command, passed down as values."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
 from protocol.errors import ConfigError
-from protocol.settings import ProcessSettings
+from protocol.settings import ProcessSettings, about
 from protocol.worker_info import Role
 
 
 class WorkerConfig(ProcessSettings, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Times end in `_ms`. See `docs/configuration.md`."""
 
-    role: Role = "both"
-    engine: Literal["torch", "simulated"] = "torch"
-    model: str = ""
-    """Folder of a Hugging Face model; empty: the demo model."""
-    served_model_name: str = ""
-    device: str = "cpu"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    threads: int = 0
-    """Of the engine's computation; 0: all cores."""
-    host: str = "127.0.0.1"
-    """Address under which other workers reach our transfers."""
-    transfer: Literal["auto", "nixl", "ucx", "shm", "tcp"] = "auto"
-    transfer_port: int = 0
-    metrics_port: int = 0
-    """0: no metrics endpoint; -1: any free port, said in the log."""
-    block_size: int = 32
-    num_blocks: int = 0
-    """KV blocks; 0: as many as `kv_memory_mb` holds."""
-    kv_memory_mb: int = 256
-    max_running: int = 64
-    max_step_tokens: int = 512
-    max_context: int = 0
-    """0: the model's."""
-    max_tokens_in_buffer: int | None = None
-    lease_ms: int = 30_000
-    kv_transfer_timeout_ms: int = 60_000
-    max_quarantined_blocks: int = 0
-    """0: a quarter of the blocks."""
-    linger_ms: int = 60_000
-    router_timeout_ms: int = 15_000
-    etcd_ttl_ms: int = 10_000
-    drain_timeout_ms: int = 60_000
-    labels: dict[str, str] = msgspec.field(default_factory=dict)
-    sim_step_ms: float = 5.0
-    sim_step_per_sequence_ms: float = 0.0
-    sim_prefill_tokens_per_s: float = 20_000.0
-    sim_transfer_bytes_per_s: float = 0.0
-    """0: as fast as it goes."""
-    sim_kv_bytes_per_token: int = 64
+    role: Annotated[Role, about("what it does")] = "both"
+    engine: Annotated[Literal["torch", "simulated"], about("what computes")] = "torch"
+    model: Annotated[str, about("folder of a Hugging Face model; empty: the demo model")] = ""
+    served_model_name: Annotated[str, about("the name clients ask for; empty: the folder's")] = ""
+    device: Annotated[str, about("where torch computes")] = "cpu"
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        about("of weights and KV; auto: float32 on CPU"),
+    ] = "auto"
+    threads: Annotated[int, about("of the computation; 0: all cores")] = 0
+    host: Annotated[str, about("address under which other workers reach our transfers")] = (
+        "127.0.0.1"
+    )
+    transfer: Annotated[
+        Literal["auto", "nixl", "ucx", "shm", "tcp"],
+        about("how KV moves; auto: shm on one host, else tcp"),
+    ] = "auto"
+    transfer_port: Annotated[int, about("of the tcp transfer; 0: any free port")] = 0
+    metrics_port: Annotated[int, about("serves /metrics; 0: not served, -1: any free port")] = 0
+    block_size: Annotated[int, about("tokens in a KV block")] = 32
+    num_blocks: Annotated[int, about("KV blocks; 0: as many as kv_memory_mb holds")] = 0
+    kv_memory_mb: Annotated[int, about("memory for KV")] = 256
+    max_running: Annotated[int, about("sequences in one step")] = 64
+    max_step_tokens: Annotated[
+        int, about("tokens in one step: long prompts are prefilled in chunks")
+    ] = 512
+    max_context: Annotated[int, about("tokens of one sequence; 0: the model's")] = 0
+    max_tokens_in_buffer: Annotated[
+        int | None, about("tokens being pulled at once; none: no bound")
+    ] = None
+    lease_ms: Annotated[int, about("lent blocks are kept this long after the last renewal")] = (
+        30_000
+    )
+    kv_transfer_timeout_ms: Annotated[int, about("a pull may go without progress for so long")] = (
+        60_000
+    )
+    max_quarantined_blocks: Annotated[
+        int,
+        about(
+            "more blocks that a given-up transfer may still write end the process; 0: half of all"
+        ),
+    ] = 0
+    linger_ms: Annotated[int, about("an ended attempt can be asked for again for so long")] = 60_000
+    router_timeout_ms: Annotated[int, about("a router silent for so long loses its jobs here")] = (
+        15_000
+    )
+    etcd_ttl_ms: Annotated[int, about("of the lease on our key")] = 10_000
+    drain_timeout_ms: Annotated[
+        int, about("after SIGTERM, running jobs and lent blocks get this long")
+    ] = 60_000
+    labels: Annotated[dict[str, str], about("free text for people, only in a config file")] = (
+        msgspec.field(default_factory=dict)
+    )
+    sim_step_ms: Annotated[float, about("simulated: one engine step")] = 5.0
+    sim_step_per_sequence_ms: Annotated[float, about("simulated: more for each sequence in it")] = (
+        0.0
+    )
+    sim_prefill_tokens_per_s: Annotated[float, about("simulated: prefill pace; 0: no time")] = (
+        20_000.0
+    )
+    sim_transfer_bytes_per_s: Annotated[
+        float, about("simulated: transfer pace; 0: as fast as it goes")
+    ] = 0.0
+    sim_kv_bytes_per_token: Annotated[int, about("simulated: at least 16")] = 64
 
     def check(self) -> None:
         super().check()

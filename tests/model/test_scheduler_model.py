@@ -311,6 +311,11 @@ class SchedulerModel(RuleBasedStateMachine):
                 self.world.report(worker)
             self.world.pass_time(0.25)
 
+    @rule(tokens=st.sampled_from([60, 300]), times=st.integers(4, 8))
+    def all_is_well_for_a_while(self, tokens: int, times: int) -> None:
+        self.submit(tokens, 3)
+        self.all_work_and_report(times)
+
     @rule(seconds=st.sampled_from([0.05, 0.3, 1.1, 2.6, 11.0]))
     def time_passes(self, seconds: float) -> None:
         self.world.pass_time(seconds)
@@ -432,14 +437,14 @@ class SchedulerModel(RuleBasedStateMachine):
         assert all(view.num_reservations == 0 for view in world.scheduler.workers())
         assert world.held - world.released <= world.given_up
         assert all(count <= 64 for count in world.dispatches.values())
-        for kind, count in world.notes.items():
-            hyp_event(f"note {kind}", count)
+        for kind in world.notes:
+            hyp_event(f"note {kind}")
         for outcome in world.ended.values():
             hyp_event(f"outcome {outcome}")
 
 
 SchedulerModel.TestCase.settings = settings(
-    max_examples=100,
+    max_examples=200,
     stateful_step_count=50,
     deadline=None,
     suppress_health_check=list(HealthCheck),

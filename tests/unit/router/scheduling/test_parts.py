@@ -101,7 +101,8 @@ def test_timers_agree_with_a_plain_dict(seed: int) -> None:
             fired = deadlines.pop_due(25.0)
             assert (fired is None) == (min(model.values(), default=99.0) > 25.0)
             if fired is not None:
-                assert model.pop(fired) == min([*model.values(), 25.0, 25.0][:0] or [0.0]) or True
+                assert model[fired] == min(model.values())
+                del model[fired]
         assert deadlines.next() == min(model.values(), default=None)
         assert len(deadlines) == len(model)
 
@@ -142,11 +143,8 @@ def test_jumping_finds_what_walking_finds(seed: int) -> None:
         index.change(index.join(), 1, [KvStored(b"".join(prompt[:depth]))])
     match = index.match(prompt)
     assert [depth_of(match, slot) for slot in range(12)] == depths
-    assert (
-        deepest(match, 12, 3)[0] == depths.index(max(depths))
-        or max(depths) == 0
-        or (depths[deepest(match, 12, 3)[0]] == max(depths))
-    )
+    order = [depths[slot] for slot in deepest(match, 12, 3)]
+    assert order == sorted((depth for depth in depths if depth), reverse=True)
 
 
 def test_events_remove_and_clear() -> None:
@@ -256,7 +254,6 @@ def test_hashes_are_computed_as_far_as_asked_and_equal_the_protocols() -> None:
     assert hashes[0] == expected[0]
     assert len(hashes._known) == 64
     assert hashes[150] == expected[150]
-    assert list(hashes) == expected if hasattr(hashes, "__iter__") else True
     assert [hashes[n] for n in range(200)] == expected
 
 

@@ -340,11 +340,12 @@ def test_when_all_decode_workers_have_failed_the_handle_waits_for_them() -> None
 
 
 def test_a_parked_choice_can_be_cancelled() -> None:
-    for fails in ("engine", "lease_lost"):
+    codes: tuple[FailureCode, ...] = ("engine", "lease_lost")
+    for fails in codes:
         bench = Bench()
         bench.pd()
         bench.to_transfer()
-        bench.feed(failed(2, fails))  # type: ignore[arg-type]
+        bench.feed(failed(2, fails))
         assert ends(bench.feed(ev.ClientGone("c/0")))[0][0] == "cancelled"
         assert ends(bench.pass_time(5)) == []
 
@@ -650,6 +651,7 @@ def test_a_choice_under_which_two_processes_died_runs_alone_and_a_third_death_en
     bench = Bench()
     workers = [info(name, "decode") for name in "abcd"]
     bench.list_workers(*workers)
+    others: list[str] = []
     out = bench.feed(submitted("evil"))
     for _ in range(2):
         start = only(out, cmd.StartDecode)
@@ -688,9 +690,8 @@ def test_who_runs_alone_waits_until_its_worker_is_empty_and_the_worker_takes_not
     assert bench.feed(submitted("late")) == []
     started = []
     for attempt in range(1, 40):
-        for c in bench.feed(ev.Ended(attempt)):
-            if isinstance(c, cmd.StartDecode):
-                started.append(c.choice)
+        out = bench.feed(ev.Ended(attempt))
+        started += [c.choice for c in out if isinstance(c, cmd.StartDecode)]
     assert lonely in started
     assert "late" in started
 
