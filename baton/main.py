@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
+from baton.bench import add_arguments, run_bench
 from baton.logs import set_up_logs
 from baton.run import complain, run_process
 from baton.settings import add_flags, load_settings
@@ -42,6 +43,8 @@ def _parser() -> argparse.ArgumentParser:
         from worker.config import WorkerConfig
 
         add_flags(worker, WorkerConfig)
+    bench = commands.add_parser("bench", help="CPU per token and per request, simulated engines")
+    add_arguments(bench)
     return parser
 
 
@@ -101,4 +104,8 @@ def _worker(args: argparse.Namespace) -> int:
     return run_process(lambda stop, stop_now: run_worker(config, stop, stop_now))
 
 
-_COMMANDS = {"up": _up, "router": _router, "worker": _worker}
+def _bench(args: argparse.Namespace) -> int:
+    return run_process(lambda stop, _: run_bench(args, stop))
+
+
+_COMMANDS = {"up": _up, "router": _router, "worker": _worker, "bench": _bench}

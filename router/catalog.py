@@ -6,8 +6,8 @@ assets are still on their way waits a little; one for a model nobody ever served
 
 import asyncio
 import logging
-from collections import OrderedDict
-from collections.abc import Callable
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -65,8 +65,15 @@ class ServedModel:
 class _Model:
     created: int
     workers: dict[str, WorkerInfo] = field(default_factory=dict)
-    best: WorkerInfo | None = None
-    """Whose text and digest new prompts get; kept when the last worker has left."""
+    is_changed: bool = False
+    _best: WorkerInfo | None = None
+
+    def best(self) -> WorkerInfo | None:
+        """Whose text and digest new prompts get; looked for again only after a change."""
+        if self.is_changed:
+            self.is_changed = False
+            self._best = _most_common(self.workers.values()) or self._best
+        return self._best
 
 
 class Catalog:
@@ -95,10 +102,10 @@ class Catalog:
     def listed(self, info: WorkerInfo) -> None:
         for name, model in self._models.items():
             if name != info.model and model.workers.pop(info.worker_id, None) is not None:
-                model.best = _most_common(model)
+                model.is_changed = True
         model = self._models.setdefault(info.model, _Model(int(self._wall_clock())))
         model.workers[info.worker_id] = info
-        model.best = _most_common(model)
+        model.is_changed = True
         if len(self._models) > MAX_MODELS:
             self._models.popitem(last=False)
         self._want(info.model, info.assets_digest)
@@ -108,7 +115,7 @@ class Catalog:
             info = model.workers.get(worker)
             if info is not None and info.incarnation == incarnation:
                 del model.workers[worker]
-                model.best = _most_common(model)
+                model.is_changed = True
 
     # --- the front's side ---
 
@@ -119,7 +126,7 @@ class Catalog:
     async def served(self, name: str) -> ServedModel:
         """Raises ClientError: 404 for an unknown model, 503 while its assets cannot be had."""
         model = self._models.get(name)
-        info = model.best if model is not None else None
+        info = model.best() if model is not None else None
         if model is None or info is None:
             message = f"the model `{name}` does not exist"
             raise ClientError(404, message, code="model_not_found", param="model")
@@ -191,19 +198,19 @@ class Catalog:
             return await asyncio.to_thread(_load, reply.payload, digest)
         except (BusError, AssetsError) as error:
             _log.info("no assets from worker=%s: %s", info.worker_id, error)
-            return None
+        except Exception:  # noqa: BLE001 - what a worker sends must not end the router
+            _log.exception("bad assets from worker=%s", info.worker_id)
+        return None
 
 
-def _most_common(model: _Model) -> WorkerInfo | None:
+def _most_common(workers: Collection[WorkerInfo]) -> WorkerInfo | None:
     """A worker of the digest that most workers have: during a rolling upgrade prompts go to the
-    larger side. Without workers the one before, so that the scheduler can say 503."""
-    counts: dict[str, int] = {}
-    for info in model.workers.values():
-        counts[info.model_digest] = counts.get(info.model_digest, 0) + 1
+    larger side. None without workers: then the one before is kept, and the scheduler says 503."""
+    counts = Counter(info.model_digest for info in workers)
     if not counts:
-        return model.best
+        return None
     best = max(counts, key=lambda digest: (counts[digest], digest))
-    return next(info for info in model.workers.values() if info.model_digest == best)
+    return next(info for info in workers if info.model_digest == best)
 
 
 def _load(payload: bytes, digest: str) -> Text:

@@ -42,6 +42,9 @@ class RouterConfig(ProcessSettings, frozen=True, kw_only=True, forbid_unknown_fi
         int, about("a worker answers a replay within this time, or its work moves")
     ] = 1_000
     client_stall_timeout_ms: Annotated[int, about("a client may take nothing for so long")] = 30_000
+    ping_interval_ms: Annotated[
+        int, about("a stream whose first token is not there yet gets a comment this often")
+    ] = 15_000
     request_timeout_ms: Annotated[
         int | None, about("cap on a whole request; none by default, so long answers are never cut")
     ] = None

@@ -128,7 +128,7 @@ class NatsApi:
             await self._answer(message, request_id)
         except ClientError as error:
             self._fail(message, request_id, error)
-        except Exception:
+        except Exception:  # noqa: BLE001 - the edge: a bug here must not be a hang there
             _log.exception("api request failed request_id=%s", request_id)
             bug = ClientError(500, "internal error", code="internal_error")
             self._fail(message, request_id, bug)

@@ -277,11 +277,14 @@ class Fleet:
 
     def relieve(self, reservation: Reservation) -> None:
         """What it was to compute is computed; a prefill's blocks are lent from now on."""
-        self._count(reservation, -1)
+        worker = reservation.worker
+        worker.tokens -= reservation.tokens
         reservation.tokens = 0
         if reservation.kind == "prefill":
             reservation.kind = "lent"
-        self._count(reservation, 1)
+            worker.prefills -= 1
+        for seat in worker.seats:
+            seat.update()
 
     def free(self, reservation: Reservation) -> None:
         worker = reservation.worker

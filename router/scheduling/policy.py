@@ -57,6 +57,11 @@ def candidates(
 ) -> dict[Worker, None]:
     """A few eligible workers, in no order of merit."""
     found: dict[Worker, None] = {}
+    order = pool.order
+    if len(order) <= _FREEST + want.num_samples:
+        for seat in order:
+            found[seat.worker] = None
+        return found
     if want.match:
         for slot in deepest(want.match, _HOLDERS, rng.randrange(num_slots)):
             holder = by_slot.get(slot)
@@ -64,10 +69,8 @@ def candidates(
                 found[holder] = None
     for worker in pool.freest(_FREEST + len(want.excluded)):
         found[worker] = None
-    order = pool.order
-    if len(order) > len(found):
-        for _ in range(want.num_samples):
-            found[order[rng.randrange(len(order))].worker] = None
+    for _ in range(want.num_samples):
+        found[order[int(rng.random() * len(order))].worker] = None
     return found
 
 

@@ -45,10 +45,10 @@ class Placer:
         t = self._t
         if t.frozen_at is not None:
             return
-        dirty = t.dirty
-        t.dirty = set()
+        names = sorted(t.dirty)
+        t.dirty.clear()
         self._left = MAX_STARTS
-        for name in sorted(dirty) if len(dirty) > 1 else dirty:
+        for name in names:
             model = t.fleet.models.get(name)
             if model is None:
                 continue

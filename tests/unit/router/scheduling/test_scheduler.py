@@ -350,7 +350,11 @@ def test_a_client_that_goes_frees_everything_in_every_phase(
 ) -> None:
     bench = Bench()
     bench.pd()
-    steps: list[ev.Event] = [submitted(), ev.Prefilled(1, handle("p"), ended=False), ev.DecodingStarted(2)]
+    steps: list[ev.Event] = [
+        submitted(),
+        ev.Prefilled(1, handle("p"), ended=False),
+        ev.DecodingStarted(2),
+    ]
     for step in steps[: phase + 1]:
         bench.feed(step)
     out = bench.feed(ev.ClientGone("c/0"))

@@ -684,9 +684,9 @@ def test_who_runs_alone_waits_until_its_worker_is_empty_and_the_worker_takes_not
     out = bench.feed(ev.WorkerReported(moved[0].worker, "x", report()))
     lonely = moved[0].choice
     assert lonely not in [c.choice for c in out if isinstance(c, cmd.StartDecode)]
-    for start in out:
-        if isinstance(start, cmd.StartDecode):
-            bench.feed(ev.Accepted(start.attempt))
+    for command in out:
+        if isinstance(command, cmd.StartDecode):
+            bench.feed(ev.Accepted(command.attempt))
     assert bench.feed(submitted("late")) == []
     started = []
     for attempt in range(1, 40):

@@ -1,0 +1,340 @@
+"""A real fleet for tests: `baton up` and everything it starts, as processes on this machine.
+
+    with Fleet(tmp_path, decode=2, settings=["worker.lease_ms=3000"]) as fleet:
+        requests to fleet.base_url, faults with os.kill(fleet.process("decode-0").pid, ...)
+
+Whatever was started is gone after `stop`, also when a test failed half way. `conftest.py` adds
+`dump_logs()` to the report of a test that failed. Group the tests that share a fleet with
+`pytest.mark.xdist_group`, so that it is started once under `pytest -n 2 --dist loadgroup`.
+"""
+
+import http.client
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.contract.nats_server import free_port
+
+READY_S = 30.0
+STOP_S = 20.0
+TAIL_CHARS = 6_000
+POLL_S = 0.02
+MODEL = "demo"
+"""The name under which `baton up` serves when it is not told another."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Process:
+    """One started process. `port` is 0 where it listens on none that matters."""
+
+    name: str
+    role: str
+    pid: int
+    port: int
+    log: Path
+
+
+class Fleet:
+    """`baton up`, and further routers and workers beside it.
+
+    `settings` are `ROLE.NAME=VALUE` strings as for `baton up --set`, `flags` any further flags.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        prefill: int = 1,
+        decode: int = 1,
+        both: int = 0,
+        engine: str = "simulated",
+        settings: Sequence[str] = (),
+        flags: Sequence[str] = (),
+    ) -> None:
+        self._folder = folder
+        self._command = [
+            *(sys.executable, "-m", "baton", "up", "--port=0"),
+            *(f"--engine={engine}", f"--state-dir={folder}"),
+            *(f"--prefill={prefill}", f"--decode={decode}", f"--both={both}"),
+            *(f"--set={setting}" for setting in settings),
+            *flags,
+        ]
+        self._engine = engine
+        self._up: subprocess.Popen[str] | None = None
+        self._said: list[str] = []
+        self._is_ready = threading.Event()
+        self._reader: threading.Thread | None = None
+        self._extra: dict[str, tuple[Process, subprocess.Popen[bytes]]] = {}
+
+    def __enter__(self) -> Self:
+        try:
+            return self.start()
+        except BaseException:
+            self.stop()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    # --- life ---
+
+    def start(self) -> Self:
+        """Until `baton up` says that everything is there."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._up = subprocess.Popen(
+            self._command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=_environment(),
+        )
+        self._reader = threading.Thread(target=self._read, args=(self._up,), daemon=True)
+        self._reader.start()
+        assert self._is_ready.wait(READY_S), f"no fleet after {READY_S} s\n{self.dump_logs()}"
+        assert self._up.poll() is None, f"baton up ended\n{self.dump_logs()}"
+        return self
+
+    def _read(self, up: "subprocess.Popen[str]") -> None:
+        assert up.stdout is not None
+        for line in up.stdout:
+            self._said.append(line)
+            if line.startswith("Baton is up"):
+                self._is_ready.set()
+        self._is_ready.set()
+
+    def stop(self) -> None:
+        """SIGTERM, wait, then kill all that is left. Everything may be frozen, killed or stopped
+        already."""
+        for process, _ in list(self._extra.values()):
+            self.stop_extra(process.name)
+        up, self._up = self._up, None
+        if up is None:
+            return
+        listed = self.processes
+        up.terminate()
+        try:
+            up.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            up.kill()
+            up.wait()
+            for process in listed:  # orphans now: nobody else has an eye on their numbers
+                if _is_ours(process.pid, self._folder):
+                    _signal(process.pid, signal.SIGKILL)
+        assert self._reader is not None
+        self._reader.join(5.0)
+        assert up.stdout is not None
+        up.stdout.close()
+
+    # --- who is there ---
+
+    @property
+    def processes(self) -> list[Process]:
+        """Of `baton up` as its `processes.json` has them, and what was started beside it."""
+        path = self._folder / "processes.json"
+        listed = json.loads(path.read_text()) if path.exists() else []
+        own = [Process(**{**entry, "log": Path(entry["log"])}) for entry in listed]
+        return own + [process for process, _ in self._extra.values()]
+
+    def process(self, name: str) -> Process:
+        """`router`, `nats`, `etcd`, `prefill-0`, `decode-1`, ..."""
+        return next(process for process in self.processes if process.name == name)
+
+    def by_role(self, role: str) -> list[Process]:
+        return [process for process in self.processes if process.role == role]
+
+    @property
+    def base_url(self) -> str:
+        """Of the router, without `/v1`."""
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def port(self) -> int:
+        return self.process("router").port
+
+    @property
+    def nats_url(self) -> str:
+        return f"nats://127.0.0.1:{self.process('nats').port}"
+
+    @property
+    def etcd_url(self) -> str:
+        return f"http://127.0.0.1:{self.process('etcd').port}"
+
+    # --- beside `baton up` ---
+
+    def add_router(self, name: str, *flags: str, num_workers: int | None = None) -> Process:
+        """Another router on the same bus, ready when it sees as many workers as the first one."""
+        wanted = len(self.eligible()) if num_workers is None else num_workers
+        process = self._add(name, "router", [f"--port={(port := free_port())}", *flags], port)
+        self.until(lambda: len(self.eligible(port)) >= wanted, what=f"{name} to see the workers")
+        return process
+
+    def add_worker(self, name: str, role: str, *flags: str) -> Process:
+        """Another worker, ready when the router thinks it eligible. A name that is in use and
+        dead is started anew."""
+        process = self._add(
+            name, role, [f"--role={role}", f"--engine={self._engine}", *flags], 0
+        )
+        self.until(lambda: name in self.eligible(), what=f"{name} to be eligible")
+        return process
+
+    def _add(self, name: str, role: str, flags: Sequence[str], port: int) -> Process:
+        command = [
+            *(sys.executable, "-m", "baton", "router" if role == "router" else "worker"),
+            *(f"--name={name}", f"--nats={self.nats_url}", f"--etcd={self.etcd_url}", *flags),
+        ]
+        log = self._folder / "logs" / f"{name}-added.log"
+        with log.open("ab") as output:
+            started = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env=_environment(),
+            )
+        process = Process(name, role, started.pid, port, log)
+        self._extra[name] = (process, started)
+        return process
+
+    def stop_extra(self, name: str, *, timeout_s: float = STOP_S) -> int:
+        """End what `add_router` or `add_worker` started; its exit code, negative for a signal."""
+        _, started = self._extra.pop(name)
+        if started.poll() is None:
+            _signal(started.pid, signal.SIGCONT)
+            started.terminate()
+        try:
+            return started.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            started.kill()
+            return started.wait()
+
+    # --- what the router says ---
+
+    def get(self, path: str, port: int | None = None) -> tuple[int, bytes]:
+        """Status and body."""
+        connection = http.client.HTTPConnection("127.0.0.1", port or self.port, timeout=5.0)
+        try:
+            connection.request("GET", path)
+            response = connection.getresponse()
+            return response.status, response.read()
+        finally:
+            connection.close()
+
+    def cluster_info(self, port: int | None = None) -> dict[str, Any]:
+        status, body = self.get("/cluster_info", port)
+        assert status == 200, body
+        info: dict[str, Any] = json.loads(body)
+        return info
+
+    def eligible(self, port: int | None = None) -> list[str]:
+        """Names of the workers that a router gives work to; empty if it does not answer."""
+        try:
+            workers = self.cluster_info(port)["workers"]
+        except OSError:
+            return []
+        return [worker["worker_id"] for worker in workers if worker["eligible"]]
+
+    def metrics(self, port: int | None = None) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+        """Sample by name and labels."""
+        _, body = self.get("/metrics", port)
+        return {
+            (sample.name, frozenset(sample.labels.items())): sample.value
+            for family in text_string_to_metric_families(body.decode())
+            for sample in family.samples
+        }
+
+    def metric(self, name: str, port: int | None = None, **labels: str) -> float:
+        """Sum of the samples of that name that have these labels."""
+        wanted = labels.items()
+        return sum(
+            value
+            for (sample, has), value in self.metrics(port).items()
+            if sample == name and wanted <= has
+        )
+
+    def is_idle(self, port: int | None = None) -> bool:
+        """Nothing runs, and nothing is left of what ran: neither in the router's books nor in what
+        the workers report."""
+        info = self.cluster_info(port)
+        loads = [worker["load"] for worker in info["workers"] if worker["live"]]
+        return (
+            info["inflight"] == info["queued"] == 0
+            and not any(worker["reservations"] for worker in info["workers"])
+            and not any(
+                load["running"] + load["waiting"] + load["lent_blocks"] + load["quarantined_blocks"]
+                for load in loads
+                if load is not None
+            )
+        )
+
+    def until(self, condition: Callable[[], T], *, what: str, timeout_s: float = 15.0) -> T:
+        """Ask until the answer is true; other processes cannot wake us."""
+        until = time.monotonic() + timeout_s
+        while True:
+            answer = condition()
+            if answer:
+                return answer
+            assert time.monotonic() < until, f"waited {timeout_s} s for {what}"
+            time.sleep(POLL_S)
+
+    def until_idle(self, *, timeout_s: float = 5.0) -> None:
+        self.until(self.is_idle, what="an idle fleet", timeout_s=timeout_s)
+
+    def dump_logs(self) -> str:
+        """The ends of all logs."""
+        parts = ["--- baton up ---\n", *self._said[-40:]]
+        for process in self.processes:
+            text = process.log.read_text(errors="replace") if process.log.exists() else ""
+            if text:
+                parts.append(f"--- {process.name} (pid {process.pid}) ---\n{text[-TAIL_CHARS:]}")
+        return "".join(parts)
+
+    # --- faults ---
+
+    @contextmanager
+    def frozen(self, name: str) -> Iterator[Process]:
+        """SIGSTOP for the time of the block."""
+        process = self.process(name)
+        os.kill(process.pid, signal.SIGSTOP)
+        try:
+            yield process
+        finally:
+            _signal(process.pid, signal.SIGCONT)
+
+    def kill(self, name: str) -> None:
+        """SIGKILL; `baton up` reports it and goes on."""
+        os.kill(self.process(name).pid, signal.SIGKILL)
+
+
+def _environment() -> dict[str, str]:
+    """Debug mode of asyncio is for the tests' own loops: it makes a router ten times slower."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("BATON_")}
+    kept.pop("PYTHONASYNCIODEBUG", None)
+    return kept
+
+
+def _signal(pid: int, number: int) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        pass
+
+
+def _is_ours(pid: int, folder: Path) -> bool:
+    """Whether that number still belongs to a process that logs into our folder."""
+    try:
+        return str(folder.resolve()) in os.readlink(f"/proc/{pid}/fd/1")
+    except OSError:
+        return False

@@ -1,0 +1,216 @@
+"""KV in the arena's blocks as torch sees it, and attention over it.
+
+A block is one contiguous piece `[layer, k/v, kv_head, token, dim]`. The unfilled rest of a block is
+zero: attention over padding meets no numbers of whoever had the block before, and a handed-over
+block carries none. It knows no weights, no sampling and no pool.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from worker.engine.runner import Chunk
+from worker.engine.torch_config import LlamaConfig
+
+_MIN_GROUP_BLOCKS: Final = 16
+"""Decoding sequences of up to so many blocks share a call, and beyond it those within a factor 2:
+padding costs at most as much again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Rows `start .. stop - 1` of a step that attend in one call.
+
+    Either one token of each of several sequences, or several tokens of one sequence.
+    """
+
+    start: int
+    stop: int
+    single_tokens: bool
+    length: int
+    """Tokens of the longest context, the part's own included."""
+    index: Tensor | None
+    """Where its KV stands (see `PagedKv.read`); None: its own rows are all the context."""
+    mask: Tensor | None
+    """Added to the scores. None: everybody sees all of it, or (no `index`) it is causal."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The tokens of one step, one row each."""
+
+    ids: Tensor
+    positions: Tensor
+    blocks: Tensor
+    """Where each row's KV goes: the block ..."""
+    offsets: Tensor
+    """... and the token in it."""
+    parts: list[Part]
+    last_rows: Tensor
+    """The last row of each chunk, in the order of the chunks."""
+    fresh: list[int]
+    """Blocks that get their first token and are not filled."""
+
+
+class PagedKv:
+    """The arena as a tensor `[num_blocks, layer, 2, kv_head, token, dim]`."""
+
+    def __init__(
+        self, memory: memoryview, *, num_blocks: int, block_size: int, config: LlamaConfig,
+        dtype: torch.dtype,
+    ) -> None:  # fmt: skip
+        """`memory` stays referred to as long as any tensor over it lives."""
+        heads, dim, layers = config.num_kv_heads, config.head_dim, config.num_layers
+        blocks = torch.frombuffer(memory, dtype=dtype)
+        self.blocks = blocks.view(num_blocks, layers, 2, heads, block_size, dim)
+        self.block_size = block_size
+        self._heads, self._dim, self._dtype = heads, dim, dtype
+        self._layers = [self.blocks[:, layer] for layer in range(layers)]
+        # One row is a head's part of a block. A layer's rows are the same rows, shifted.
+        rows = blocks.view(-1, block_size * dim)
+        self._rows = [rows[layer * 2 * heads :] for layer in range(layers)]
+        self._rows_per_block = layers * 2 * heads
+        self._row_of_head = torch.arange(2 * heads).view(2, 1, heads, 1)
+
+    def plan(self, chunks: Sequence[Chunk]) -> Batch:
+        """Arrange the tokens: single ones first, by length of context, then the longer chunks."""
+        order = sorted(range(len(chunks)), key=lambda i: _group(chunks[i], self.block_size))
+        ids: list[int] = []
+        positions: list[int] = []
+        blocks: list[int] = []
+        fresh: list[int] = []
+        ends = [0] * len(chunks)
+        size = self.block_size
+        for index in order:
+            chunk = chunks[index]
+            own = range(chunk.start, chunk.start + len(chunk.ids))
+            ids.extend(chunk.ids)
+            positions.extend(own)
+            blocks.extend([chunk.blocks[position // size] for position in own])
+            ends[index] = len(ids) - 1
+            if own.stop % size and own.stop - own.stop % size >= own.start:
+                fresh.append(blocks[-1])
+        at = torch.tensor(positions)
+        return Batch(
+            ids=torch.tensor(ids),
+            positions=at,
+            blocks=torch.tensor(blocks),
+            offsets=at % size,
+            parts=self._parts([chunks[index] for index in order]),
+            last_rows=torch.tensor(ends),
+            fresh=fresh,
+        )
+
+    def clear_fresh(self, batch: Batch) -> None:
+        """Before the first layer writes."""
+        for block in batch.fresh:
+            self.blocks[block].zero_()
+
+    def write(self, layer: int, batch: Batch, kv: Tensor) -> None:
+        """`kv` is `[row, 2, kv_head, dim]`."""
+        self._layers[layer][batch.blocks, :, :, batch.offsets] = kv
+
+    def read(self, layer: int, index: Tensor, num_sequences: int) -> Tensor:
+        """`[2, sequence, kv_head, token, dim]`, whole blocks, in one copy."""
+        read = self._rows[layer].index_select(0, index)
+        return read.view(2, num_sequences, self._heads, -1, self._dim)
+
+    def attend(self, layer: int, batch: Batch, query: Tensor, kv: Tensor) -> Tensor:
+        """`query` is `[row, head, dim]`, `kv` the rows' own, written before; the result is
+        `[row, head * dim]`."""
+        results = [
+            (self._attend_singles if part.single_tokens else self._attend_chunk)(
+                layer, part, query[part.start : part.stop], kv[part.start : part.stop]
+            )
+            for part in batch.parts
+        ]
+        return results[0] if len(results) == 1 else torch.cat(results)
+
+    def _attend_singles(self, layer: int, part: Part, query: Tensor, kv: Tensor) -> Tensor:
+        count = part.stop - part.start
+        assert part.index is not None
+        keys, values = self.read(layer, part.index, count)[..., : part.length, :]
+        # The query heads that share a KV head stand where SDPA expects the tokens of one query.
+        grouped = query.reshape(count, self._heads, -1, self._dim)
+        attended = functional.scaled_dot_product_attention(
+            grouped, keys, values, attn_mask=part.mask
+        )
+        return attended.reshape(count, -1)
+
+    def _attend_chunk(self, layer: int, part: Part, query: Tensor, kv: Tensor) -> Tensor:
+        count = part.stop - part.start
+        if part.index is None:
+            both = kv.permute(1, 2, 0, 3)
+        else:
+            both = self.read(layer, part.index, 1)[:, 0, :, : part.length]
+        grouped = query.reshape(count, self._heads, -1, self._dim).permute(1, 2, 0, 3)
+        keys, values = both.unsqueeze(2).expand(-1, -1, grouped.shape[1], -1, -1)
+        attended = functional.scaled_dot_product_attention(
+            grouped, keys, values, attn_mask=part.mask, is_causal=part.index is None
+        )
+        return attended.permute(2, 0, 1, 3).reshape(count, -1)
+
+    # planning
+
+    def _parts(self, chunks: Sequence[Chunk]) -> list[Part]:
+        parts = []
+        row = first = 0
+        while first < len(chunks):
+            group = _group(chunks[first], self.block_size)
+            last = first + 1
+            if group > 0:
+                parts.append(self._chunk_part(chunks[first], row))
+            else:
+                while last < len(chunks) and _group(chunks[last], self.block_size) == group:
+                    last += 1
+                parts.append(self._singles_part(chunks[first:last], row))
+            row, first = parts[-1].stop, last
+        return parts
+
+    def _singles_part(self, chunks: Sequence[Chunk], row: int) -> Part:
+        lengths = [chunk.start + 1 for chunk in chunks]
+        longest = max(lengths)
+        mask = None
+        if min(lengths) < longest:
+            beyond = torch.arange(longest) >= torch.tensor(lengths).unsqueeze(1)
+            mask = _forbidden(beyond, self._dtype).view(len(chunks), 1, 1, longest)
+        index = self._index([chunk.blocks for chunk in chunks], lengths)
+        return Part(row, row + len(chunks), True, longest, index, mask)
+
+    def _chunk_part(self, chunk: Chunk, row: int) -> Part:
+        count, start = len(chunk.ids), chunk.start
+        if start == 0:
+            return Part(row, row + count, False, count, None, None)
+        later = torch.ones(count, start + count, dtype=torch.bool).triu(start + 1)
+        index = self._index([chunk.blocks], [start + count])
+        return Part(
+            row, row + count, False, start + count, index, _forbidden(later, self._dtype)
+        )  # fmt: skip
+
+    def _index(self, tables: Sequence[Sequence[int]], lengths: Sequence[int]) -> Tensor:
+        """Rows of the sequences' blocks in the order `[k/v, sequence, kv_head, block]`."""
+        counts = [-(-length // self.block_size) for length in lengths]
+        width = max(counts)
+        padded = []
+        for table, count in zip(tables, counts, strict=True):
+            used = list(table[:count])
+            # A sequence is padded with a block of its own: nobody else's numbers come near it.
+            padded.append(used + used[:1] * (width - count))
+        rows = torch.tensor(padded).mul_(self._rows_per_block).view(1, len(tables), 1, width)
+        return (rows + self._row_of_head).view(-1)
+
+
+def _group(chunk: Chunk, block_size: int) -> int:
+    """Chunks of equal negative groups decode together; 1: a chunk of its own. Sorts in order."""
+    if len(chunk.ids) > 1:
+        return 1
+    num_blocks = chunk.start // block_size + 1
+    return -(max(num_blocks, _MIN_GROUP_BLOCKS) - 1).bit_length()
+
+
+def _forbidden(where: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(where.shape, dtype=dtype).masked_fill_(where, float("-inf"))
