@@ -1,7 +1,6 @@
 """The unmodified `openai` client against a fleet: what it sends is served, what it reads is there."""
 
 import json
-import signal
 import time
 from collections.abc import AsyncIterator, Iterator
 
@@ -76,13 +75,11 @@ def test_a_streamed_chat_is_the_same_text_in_chunks(client: openai.OpenAI) -> No
 
 def test_the_stream_helper_works(client: openai.OpenAI) -> None:
     with client.chat.completions.stream(
-        model=MODEL, messages=user("helper"), max_tokens=6, stop=["\x00"]
+        model=MODEL, messages=user("helper"), max_tokens=6
     ) as stream:
-        events = []
-        with pytest.raises(openai.LengthFinishReasonError):  # its own rule for max_tokens
-            for event in stream:
-                events.append(event.type)
+        events = [event.type for event in stream]
     assert events.count("content.delta") > 2
+    assert events.count("content.done") == 1
 
 
 def test_the_stream_helper_ends_at_a_stop(client: openai.OpenAI) -> None:
@@ -216,8 +213,7 @@ def test_without_workers_the_model_is_unavailable_and_then_served_again(
     fleet.add_worker("lonely-0", "both", *flags)
     assert client.completions.create(model=name, prompt="x", max_tokens=2).choices[0].text
     assert name in [model.id for model in client.models.list()]
-    fleet.kill("lonely-0")
-    assert fleet.stop_extra("lonely-0") == -signal.SIGKILL
+    assert fleet.stop_extra("lonely-0") == 0
     fleet.until(lambda: "lonely-0" not in fleet.eligible(), what="the worker to be missed")
 
     began = time.monotonic()
@@ -260,4 +256,4 @@ def test_a_request_id_names_the_story_of_a_request(client: openai.OpenAI, fleet:
     assert answer.parse().id == "cmpl-my-id_1"
     status, body = fleet.get("/debug/requests/my-id_1")
     assert status == 200
-    assert json.loads(body)["story"][-1]["what"].startswith("completed")
+    assert json.loads(body)["story"][-1]["what"] == "end completed"

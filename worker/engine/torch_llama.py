@@ -88,7 +88,7 @@ class LlamaModel:
         rotated = qkv[:, : heads + config.num_kv_heads]
         # The table's sine has its sign for the half that is moved: one turn, no concatenation.
         rotated.copy_(rotated * cos + rotated.roll(dim // 2, dims=-1) * sin)
-        own = qkv[:, heads:].unflatten(1, (2, config.num_kv_heads))
+        own = qkv[:, heads:].view(-1, 2, config.num_kv_heads, dim)
         kv.write(index, batch, own)
         return kv.attend(index, batch, qkv[:, :heads], own)
 
