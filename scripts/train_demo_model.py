@@ -35,7 +35,7 @@ VOCAB_SIZE = 3072
 MAX_POSITIONS = 4096
 ROPE_THETA = 10000.0
 TOKENS_PER_STEP = 4096
-PHASES = ((0.0, 256), (0.82, 1024), (0.94, 2048))  # (part of the time, sequence length)
+LENGTHS = (256, 256, 1024, 2048)  # of the sequences of one step, drawn anew for each
 CHAT_CHARS = 250  # a turn ends with the paragraph that reaches this
 SYSTEM_PROMPTS = (
     "You are a helpful assistant.",
@@ -123,17 +123,16 @@ class Examples:
     tokenizer: Tokenizer
     rng: random.Random
 
-    def batches(self, length: Callable[[], int]) -> Iterator[Tensor]:
-        """Endless batches [sequences, length + 1] of token ids; `length()` is asked each time."""
+    def batches(self) -> Iterator[Tensor]:
+        """Endless batches [sequences, length + 1] of token ids."""
         stream: list[int] = []
         while True:
             for module in self.rng.sample(self.modules, len(self.modules)):
                 stream += self._module_ids(module)
                 while len(stream) > TOKENS_PER_STEP:
-                    rows = TOKENS_PER_STEP // length()
-                    width = TOKENS_PER_STEP // rows
-                    batch = [stream[r * width : (r + 1) * width + 1] for r in range(rows)]
-                    yield torch.tensor(batch)
+                    length = self.rng.choice(LENGTHS)
+                    starts = range(0, TOKENS_PER_STEP, length)
+                    yield torch.tensor([stream[at : at + length + 1] for at in starts])
                     del stream[:TOKENS_PER_STEP]
 
     def _module_ids(self, module: list[str]) -> list[int]:
@@ -222,12 +221,13 @@ class Training:
         )
         self.done = 0.0  # part of the time that is over
         self.tokens = 0
-        self.batches = examples.batches(self._length)
+        self.batches = examples.batches()
 
     def run(self, checkpoint: Callable[[], None]) -> None:
         """Train until the time is over; `checkpoint` is called every five minutes."""
         start = time.monotonic()
-        compiled = torch.compile(self._loss) if self.options.compile else self._loss
+        compiled = torch.compile(self._loss, dynamic=False)
+        loss_of = compiled if self.options.compile else self._loss
         loss, reported, saved = math.nan, 0.0, 0.0
         while (elapsed := time.monotonic() - start) < self.options.minutes * 60:
             self.done = elapsed / (self.options.minutes * 60)
@@ -242,11 +242,8 @@ class Training:
             if elapsed - saved >= 300:
                 checkpoint()
                 saved = elapsed
-            now = self._step(compiled if self._length() == PHASES[0][1] else self._loss)
+            now = self._step(loss_of)
             loss = now if math.isnan(loss) else 0.98 * loss + 0.02 * now
-
-    def _length(self) -> int:
-        return [length for begin, length in PHASES if self.done >= begin][-1]
 
     def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=self.options.bf16):

@@ -9,9 +9,23 @@ Knows routers and attempts, not engines; time is an argument.
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Final
 
 from protocol.ids import JobKey
-from protocol.out import Accepted, Decoding, Delta, Failed, Leg, Out, Prefilled, StepFrame
+from protocol.out import (
+    Accepted,
+    Decoding,
+    Delta,
+    Failed,
+    Leg,
+    Out,
+    Prefilled,
+    Progress,
+    StepFrame,
+)
+
+PROGRESS_S: Final = 0.5
+"""An attempt's progress is told this often at most."""
 
 Post = Callable[[str, Out], None]
 """(router, message): goes into that router's next envelope."""
@@ -27,6 +41,7 @@ class Record:
     decoding: Decoding | None = None
     failed: Failed | None = None
     deltas: list[Delta] = field(default_factory=list)
+    progressed_at: float = float("-inf")
     ended: bool = False
 
     def heard_of(self) -> bool:
@@ -53,20 +68,45 @@ class Outbox:
     def keys_of(self, router: str) -> list[JobKey]:
         return [key for key in self._records if key.router == router]
 
+    @property
+    def num_open(self) -> int:
+        """Attempts of which the engine will say more."""
+        return len(self._records) - len(self._ended)
+
     def is_open(self, key: JobKey) -> bool:
         """Whether the engine may still say something about it."""
         record = self._records.get(key)
         return record is not None and not record.ended
 
+    def leg_of(self, key: JobKey) -> Leg:
+        return self._records[key].leg
+
+    def open_keys(self) -> list[JobKey]:
+        return [key for key, record in self._records.items() if not record.ended]
+
     def open(self, key: JobKey, leg: Leg) -> None:
         self._records[key] = Record(leg)
 
     def accept(self, key: JobKey, message: Accepted | None = None) -> None:
-        """Say that the job is here, unless something better has been said already."""
+        """Say that the job is here, unless something better has been said already. A handle is
+        always worth saying."""
         record = self._records.get(key)
-        if record is not None and not record.heard_of():
-            record.accepted = message or Accepted(key.attempt)
-            self._post(key.router, record.accepted)
+        if record is None or record.ended:
+            return
+        if message is not None and message.handle is not None:
+            record.accepted = message
+        elif not record.heard_of():
+            record.accepted = Accepted(key.attempt)
+        else:
+            return
+        self._post(key.router, record.accepted)
+
+    def progress(self, key: JobKey, message: Progress, now: float) -> None:
+        """Never asked for again, so not kept."""
+        record = self._records.get(key)
+        if record is not None and now - record.progressed_at >= PROGRESS_S:
+            record.progressed_at = now
+            self._post(key.router, message)
 
     def prefilled(self, key: JobKey, message: Prefilled, now: float) -> None:
         record = self._records.get(key)
@@ -114,9 +154,10 @@ class Outbox:
         if record.failed is not None:
             self._post(key.router, record.failed)
             return
-        said: list[Out] = [
-            message for message in (record.prefilled, record.decoding) if message is not None
-        ]
+        said: list[Out] = []
+        if record.accepted is not None and record.accepted.handle is not None:
+            said.append(record.accepted)
+        said += [message for message in (record.prefilled, record.decoding) if message is not None]
         missing = [delta for delta in record.deltas if delta.index >= index]
         if missing:
             said.append(StepFrame(missing))

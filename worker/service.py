@@ -7,7 +7,6 @@ falls silent while our own bus is up loses its jobs, so that nobody works for no
 import asyncio
 import logging
 import os
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -39,6 +38,7 @@ from protocol.out import (
     Decoding,
     Delta,
     Failed,
+    FailureCode,
     Leg,
     Out,
     OutEnvelope,
@@ -47,8 +47,9 @@ from protocol.out import (
     Refused,
 )
 from protocol.subjects import Subjects
-from protocol.worker_info import WorkerInfo
+from protocol.worker_info import Role, WorkerInfo
 from text.assets import encode as encode_assets
+from worker.accepting import LateAccepts
 from worker.engine.base import (
     DecodeJob,
     DecodingInfo,
@@ -59,15 +60,15 @@ from worker.engine.base import (
     PrefillResult,
 )
 from worker.outbox import Outbox
+from worker.routers import Routers
 from worker.telemetry import Telemetry
 
 _log = logging.getLogger("baton.worker")
 
-ACCEPT_AFTER_S: Final = 0.1
-"""`Accepted` is only worth a message if nothing better comes this soon."""
-PROGRESS_S: Final = 0.5
 SWEEP_S: Final = 1.0
-MAX_ROUTERS: Final = 256
+MAX_OPEN: Final = 4096
+"""Attempts here that have not ended; more are refused."""
+GRUMBLE_S: Final = 60.0
 EXIT_UNHEALTHY: Final = 70
 
 
@@ -85,25 +86,25 @@ class Service:
         linger_s: float,
         router_timeout_s: float,
         clock: Callable[[], float],
+        end_process: Callable[[int], object] = os._exit,
     ) -> None:
         self._bus = bus
         self._subjects = subjects
         self._engine = engine
         self._worker = worker
         self._incarnation = incarnation
-        self._router_timeout_s = router_timeout_s
         self._clock = clock
-        self._seqs: dict[str, int] = {}
-        self._heard: dict[str, float] = {}
-        self._accept_queue: deque[tuple[float, JobKey]] = deque()
-        self._accept_timer: asyncio.TimerHandle | None = None
-        self._progressed: dict[JobKey, float] = {}
+        self._end_process = end_process
+        self._role: Role = "both"
+        self._routers = Routers(timeout_s=router_timeout_s)
         self._assets = b""
         self._assets_digest = ""
         self._refusing = ""
-        self._bad = 0
+        self.num_bad = 0
+        """Messages that were ignored because they are none."""
         self._bad_logged_at = float("-inf")
         self.outbox = Outbox(self._post, linger_s=linger_s)
+        self._accepts = LateAccepts(self.outbox.accept)
         self._mailer: Mailer[Out] = Mailer(
             bus, envelope=self._envelope, on_overflow=self._on_overflow
         )
@@ -113,7 +114,7 @@ class Service:
             worker=worker,
             incarnation=incarnation,
             load=engine.load,
-            last_seq=lambda: self._seqs,
+            last_seq=lambda: self._routers.last_seqs,
         )
 
     # --- life ---
@@ -139,13 +140,14 @@ class Service:
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(SWEEP_S)
-            now = self._clock()
-            self.outbox.sweep(now)
-            if not self._bus.connected:
-                continue
-            for router, heard in list(self._heard.items()):
-                if now - heard > self._router_timeout_s:
-                    self._drop_router(router, "silent")
+            self.sweep()
+
+    def sweep(self) -> None:
+        """Forget what nobody asked for in time, and stop the jobs of silent routers."""
+        now = self._clock()
+        self.outbox.sweep(now)
+        for router in self._routers.tick(now, listening=self._bus.connected):
+            self._drop_router(router, "silent")
 
     def refuse(self, reason: str) -> None:
         """Take no new work from now on."""
@@ -153,9 +155,14 @@ class Service:
         self.telemetry.leaving()
 
     def close(self) -> None:
+        """What still runs is aborted and said to be, so that its routers move it at once."""
+        if not self._refusing:
+            self.refuse("leaving")
+        for key in self.outbox.open_keys():
+            self._engine.cancel(key)
+            self._fail(key, "aborted", "the worker is leaving")
         self.telemetry.close()
-        if self._accept_timer is not None:
-            self._accept_timer.cancel()
+        self._accepts.close()
         self._mailer.flush_now()
 
     # --- jobs in ---
@@ -170,7 +177,10 @@ class Service:
             return
         self._hear(envelope.router)
         for job in envelope.jobs:
-            self._on_job(envelope.router, job, message)
+            try:
+                self._on_job(envelope.router, job, message)
+            except Exception:  # noqa: BLE001  one bad job must not take the others with it
+                _log.exception("job failed router=%s job=%s", envelope.router, type(job).__name__)
 
     def _on_job(self, router: str, job: Job, message: Message) -> None:
         match job:
@@ -186,7 +196,7 @@ class Service:
                 self.outbox.replay(JobKey(router, job.attempt), job.index)
             case Done():
                 for attempt in job.attempts:
-                    self.outbox.forget(JobKey(router, attempt))
+                    self._on_done(JobKey(router, attempt))
             case _:
                 self._answer(job, message.reply)
 
@@ -194,51 +204,41 @@ class Service:
         if key in self.outbox:
             self.outbox.replay(key, 0)
             return
-        reason = self._refusing or self._wrong_role(job)
+        reason = self._why_refused(job)
         if reason:
             self._post(key.router, Refused(key.attempt, reason))
             return
+        self.outbox.open(key, "prefill" if isinstance(job, Prefill) else "decode")
         try:
-            output = unpack_ids(job.output)
-            prompt = job.prompt if isinstance(job.prompt, Body) else unpack_ids(job.prompt.packed)
+            engine_job = _engine_job(key, job)
         except ValueError as error:
-            self._bad_message(subject, BadMessage(str(error)))
+            self._bad_message(subject, error)
+            self._fail(key, "invalid_request", str(error))
             return
-        leg: Leg = "prefill" if isinstance(job, Prefill) else "decode"
-        self.outbox.open(key, leg)
-        if isinstance(job, Prefill):
-            self._engine.submit(
-                PrefillJob(
-                    key, job.choice, prompt, job.sampling, output, job.chars_sent, job.cache_salt
-                )
-            )
-        else:
-            self._engine.submit(
-                DecodeJob(
-                    key,
-                    job.choice,
-                    prompt,
-                    job.sampling,
-                    job.handle,
-                    output,
-                    job.chars_sent,
-                    job.cache_salt,
-                )
-            )
-        self._accept_later(key)
+        self._engine.submit(engine_job)
+        self._accepts.add(key)
         self.telemetry.changed()
 
-    def _wrong_role(self, job: Prefill | Decode) -> str:
-        if self._role == "prefill" and isinstance(job, Decode):
+    def _why_refused(self, job: Prefill | Decode) -> str:
+        if self._refusing:
+            return self._refusing
+        if self._role == ("prefill" if isinstance(job, Decode) else "decode"):
             return "wrong_role"
-        if self._role == "decode" and isinstance(job, Prefill):
-            return "wrong_role"
-        return ""
+        return "full" if self.outbox.num_open >= MAX_OPEN else ""
+
+    def _fail(self, key: JobKey, code: FailureCode, text: str) -> None:
+        leg = self.outbox.leg_of(key)
+        self.outbox.failed(key, Failed(key.attempt, leg, code, text), self._clock())
+
+    def _on_done(self, key: JobKey) -> None:
+        if self.outbox.is_open(key):  # its router wants nothing more of what still runs
+            self._cancel(key)
+        else:
+            self.outbox.forget(key)
 
     def _cancel(self, key: JobKey) -> None:
         self._engine.cancel(key)
         self.outbox.forget(key)
-        self._progressed.pop(key, None)
         self.telemetry.changed()
 
     def _answer(self, job: Job, reply: str) -> None:
@@ -258,25 +258,6 @@ class Service:
         except BusError as error:
             _log.info("could not answer: %s", error)
 
-    # --- accepting ---
-
-    def _accept_later(self, key: JobKey) -> None:
-        due = self._clock() + ACCEPT_AFTER_S
-        self._accept_queue.append((due, key))
-        if self._accept_timer is None:
-            loop = asyncio.get_running_loop()
-            self._accept_timer = loop.call_later(ACCEPT_AFTER_S, self._accept_due)
-
-    def _accept_due(self) -> None:
-        self._accept_timer = None
-        now = self._clock()
-        queue = self._accept_queue
-        while queue and queue[0][0] <= now + 0.01:
-            self.outbox.accept(queue.popleft()[1])
-        if queue:
-            loop = asyncio.get_running_loop()
-            self._accept_timer = loop.call_later(max(queue[0][0] - now, 0.0), self._accept_due)
-
     # --- routers ---
 
     def _on_beat(self, message: Message) -> None:
@@ -287,14 +268,13 @@ class Service:
             return
         if beat.leaving:
             self._drop_router(beat.router, "left")
-        elif beat.router in self._heard:
+        elif beat.router in self._routers:
             self._hear(beat.router)
 
     def _hear(self, router: str) -> None:
-        if router not in self._heard and len(self._heard) >= MAX_ROUTERS:
-            oldest = min(self._heard, key=self._heard.__getitem__)
-            self._drop_router(oldest, "too many routers")
-        self._heard[router] = self._clock()
+        pushed_out = self._routers.hear(router)
+        if pushed_out:
+            self._drop_router(pushed_out, "one too many")
 
     def _drop_router(self, router: str, why: str) -> None:
         keys = self.outbox.keys_of(router)
@@ -302,14 +282,11 @@ class Service:
             _log.info("router %s: %s, stopping jobs=%d", why, router, len(keys))
         for key in keys:
             self._cancel(key)
-        self._heard.pop(router, None)
-        self._seqs.pop(router, None)
+        self._routers.forget(router)
 
     def _on_bus_event(self, event: BusEvent) -> None:
-        if event.kind == "up":  # silence before this moment was ours, not theirs
-            now = self._clock()
-            for router in self._heard:
-                self._heard[router] = now
+        if event.kind == "up":
+            self._routers.excuse_all()
             self.telemetry.report()
 
     # --- what the engine says (Outlet) ---
@@ -319,17 +296,13 @@ class Service:
             self.outbox.accept(key, Accepted(key.attempt, handle))
 
     def progress(self, key: JobKey, leg: Leg, done: int, total: int) -> None:
-        now = self._clock()
-        if key in self.outbox and now - self._progressed.get(key, -1.0) >= PROGRESS_S:
-            self._progressed[key] = now
-            self._post(key.router, Progress(key.attempt, leg, done, total))
+        self.outbox.progress(key, Progress(key.attempt, leg, done, total), self._clock())
 
     def prefilled(self, key: JobKey, result: PrefillResult) -> None:
         if key not in self.outbox:
             if result.handle is not None:
                 self._engine.release([result.handle.handle_id])
             return
-        self._progressed.pop(key, None)
         self.outbox.prefilled(
             key,
             Prefilled(
@@ -346,7 +319,6 @@ class Service:
         self.telemetry.changed()
 
     def decoding(self, key: JobKey, info: DecodingInfo) -> None:
-        self._progressed.pop(key, None)
         self.outbox.decoding(
             key,
             Decoding(
@@ -363,7 +335,6 @@ class Service:
         self.telemetry.changed()
 
     def failed(self, key: JobKey, error: EngineError) -> None:
-        self._progressed.pop(key, None)
         message = Failed(key.attempt, error.leg, error.code, error.message)
         self.outbox.failed(key, message, self._clock())
         self.telemetry.changed()
@@ -376,7 +347,7 @@ class Service:
         _log.critical("worker unhealthy, exiting: %s", reason)
         self.refuse("unhealthy")
         self._mailer.flush_now()
-        asyncio.get_running_loop().call_later(0.2, os._exit, EXIT_UNHEALTHY)
+        asyncio.get_running_loop().call_later(0.2, self._end_process, EXIT_UNHEALTHY)
 
     # --- mail ---
 
@@ -384,20 +355,28 @@ class Service:
         self._mailer.post(self._subjects.out(router, self._worker), out)
 
     def _envelope(self, subject: str, outs: list[Out]) -> bytes:
-        router = self._subjects.router_of(subject)
-        seq = self._seqs.get(router, 0) + 1
-        self._seqs[router] = seq
+        seq = self._routers.next_seq(self._subjects.router_of(subject))
         return encode(OutEnvelope(self._worker, self._incarnation, seq, outs))
 
     def _on_overflow(self, subject: str, outs: list[Out]) -> None:
         """The number is used up, so the router sees the gap and asks again."""
         _log.warning("bus is full, dropped outcomes=%d for %s", len(outs), subject)
 
-    def _bad_message(self, subject: str, error: BadMessage) -> None:
+    def _bad_message(self, subject: str, error: Exception) -> None:
         """Count rubbish; say so once a minute."""
-        self._bad += 1
+        self.num_bad += 1
         now = self._clock()
-        if now - self._bad_logged_at >= 60.0:
-            _log.warning("ignored bad messages count=%d last=%s: %s", self._bad, subject, error)
+        if now - self._bad_logged_at >= GRUMBLE_S:
+            _log.warning("ignored bad messages count=%d last=%s: %s", self.num_bad, subject, error)
             self._bad_logged_at = now
-            self._bad = 0
+
+
+def _engine_job(key: JobKey, job: Prefill | Decode) -> PrefillJob | DecodeJob:
+    """Raises ValueError for token ids that are no whole number of them."""
+    prompt = job.prompt if isinstance(job.prompt, Body) else unpack_ids(job.prompt.packed)
+    output = unpack_ids(job.output)
+    common = (key, job.choice, prompt, job.sampling)
+    rest = (output, job.chars_sent, job.cache_salt)
+    if isinstance(job, Prefill):
+        return PrefillJob(*common, *rest)
+    return DecodeJob(*common, job.handle, *rest)

@@ -51,6 +51,7 @@ class Telemetry:
         self._last_kv_event = 0
         self._last_shape: tuple[int, int] = (-1, -1)
         self._change: asyncio.TimerHandle | None = None
+        self._closed = False
         self.draining = False
 
     async def run(self) -> None:
@@ -61,7 +62,7 @@ class Telemetry:
 
     def changed(self) -> None:
         """Something was queued, started or ended: report soon if the numbers moved."""
-        if self._change is None:
+        if self._change is None and not self._closed:
             load = self._load()
             if (load.running, load.waiting) != self._last_shape:
                 loop = asyncio.get_running_loop()
@@ -102,6 +103,8 @@ class Telemetry:
         )
 
     def close(self) -> None:
+        """No report is on its way any more."""
+        self._closed = True
         if self._change is not None:
             self._change.cancel()
             self._change = None

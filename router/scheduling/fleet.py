@@ -97,6 +97,16 @@ class Worker:
         """Dead incarnations of the same name."""
         self.stray = ""
         """An incarnation that was never listed but reports under this name."""
+        self._open_books()
+        self.silence = Timer("silence", self)
+        self.grace = Timer("grace", self)
+        self.suspect_timer = Timer("suspect", self)
+        self.refused_timer = Timer("refused", self)
+        self.reask = Timer("reask", self)
+        self.renew = Timer("renew", self)
+
+    def _open_books(self) -> None:
+        """Nothing is promised yet."""
         self.tokens = 0
         self.blocks = 0
         self.running = 0
@@ -108,12 +118,6 @@ class Worker:
         """Handles that live choices hold of it."""
         self.seats: list[Seat] = []
         """Its places in the pools; empty iff it is not eligible."""
-        self.silence = Timer("silence", self)
-        self.grace = Timer("grace", self)
-        self.suspect_timer = Timer("suspect", self)
-        self.refused_timer = Timer("refused", self)
-        self.reask = Timer("reask", self)
-        self.renew = Timer("renew", self)
 
     def could_be_eligible(self) -> bool:
         """All that eligibility asks for."""

@@ -57,8 +57,10 @@ class Scheduler:
         t = self._t = Tables(limits, view, rng, first_attempt)
         self._mover = Mover(t)
         self._placer = Placer(t, self._mover)
-        attempts = AttemptEvents(t, self._mover)
-        fleet = FleetEvents(t, self._mover)
+        self._listen(AttemptEvents(t, self._mover), FleetEvents(t, self._mover))
+
+    def _listen(self, attempts: AttemptEvents, fleet: FleetEvents) -> None:
+        """Who takes which event, and which deadline."""
         self._handlers: dict[type[Any], Callable[[Any], None]] = {
             Submitted: self._on_submitted,
             ClientGone: self._on_client_gone,

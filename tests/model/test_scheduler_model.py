@@ -114,6 +114,9 @@ class World:
                 self.deliver(command)
             case cmd.ReleaseHandle():
                 key = (command.incarnation, command.handle_id)
+                assert command.incarnation in [
+                    view.info.incarnation for view in self.scheduler.workers()
+                ], "a dead lender is told nothing"
                 assert key in self.held
                 assert key not in self.released
                 self.released.add(key)

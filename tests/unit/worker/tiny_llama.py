@@ -1,13 +1,15 @@
 """Small random Llama models in folders, what `transformers` says of them, and engines over them."""
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer as RawTokenizer
@@ -19,8 +21,9 @@ from tests.unit.worker.engine_world import Recorder
 from text.assets import load_assets
 from text.tokenizer import Tokenizer
 from worker.config import WorkerConfig
+from worker.engine.base import EngineInfo
 from worker.engine.runner import Chunk
-from worker.engine.stepper import StepperConfig
+from worker.engine.stepper import Stepper, StepperConfig
 from worker.engine.torch_config import read_llama_config
 from worker.engine.torch_engine import TorchRunner, build_runner, build_torch
 from worker.engine.torch_llama import expected_tensors
@@ -199,9 +202,7 @@ class Bench:
         batch = self.runner.kv.plan(chunks)
         logits = self.runner.model.logits(self.runner.model.hidden(batch, self.runner.kv))
         ends = [int(row) + 1 for row in batch.last_rows]
-        return [
-            logits[end - len(chunk.ids) : end] for chunk, end in zip(chunks, ends, strict=True)
-        ]
+        return [logits[end - len(chunk.ids) : end] for chunk, end in zip(chunks, ends, strict=True)]
 
     def in_chunks(self, blocks: list[int], ids: list[int], *sizes: int) -> Tensor:
         """One sequence alone, in chunks of these sizes; the last one is repeated."""
@@ -230,8 +231,6 @@ class PatientRecorder(Recorder):
     """Models compute, and the machine may be busy."""
 
     async def until(self, condition: Callable[[], object]) -> None:
-        import asyncio
-
         async with asyncio.timeout(40):
             while not condition():
                 self._changed.clear()
@@ -242,9 +241,9 @@ class PatientRecorder(Recorder):
 class TorchWorld:
     """One worker's engine."""
 
-    stepper: Any
+    stepper: Stepper
     recorder: PatientRecorder
-    info: Any
+    info: EngineInfo
 
 
 @asynccontextmanager
@@ -273,11 +272,4 @@ async def running(
 
 def sampling_of(num_tokens: int, **changes: Any) -> Sampling:
     base = Sampling(max_tokens=num_tokens, temperature=0.0, ignore_eos=True)
-    return replace_struct(base, **changes)
-
-
-def replace_struct(sampling: Sampling, **changes: Any) -> Sampling:
-    return Sampling(**{f: changes.get(f, getattr(sampling, f)) for f in Sampling.__struct_fields__})
-
-
-__all__ = ["replace"]
+    return msgspec.structs.replace(base, **changes)
