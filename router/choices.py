@@ -53,6 +53,10 @@ class Choice:
     finish: str = ""
     role: str = ""
     """Role of the worker that streams it now, for metrics."""
+    dispatched_at: float = 0.0
+    """When its first job was sent; 0 before."""
+    lent_at: float = 0.0
+    """When the handle that it holds arrived; 0 while it holds none."""
     attempts: set[int] = field(default_factory=set)
 
     @property

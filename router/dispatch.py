@@ -10,11 +10,12 @@ import logging
 import random
 from collections import deque
 from collections.abc import Callable
+from typing import Final
 
 from protocol.blocks import pack_ids
 from protocol.bus import Bus, BusEvent
 from protocol.codec import decode_snapshot, encode
-from protocol.errors import BadMessage, BusError
+from protocol.errors import BadMessage, BusError, LocalError
 from protocol.events import Beat
 from protocol.jobs import (
     Cancel,
@@ -26,7 +27,6 @@ from protocol.jobs import (
     Prefill,
     Release,
     Renew,
-    Replay,
     Tokens,
 )
 from protocol.mailbox import Mailer
@@ -42,9 +42,11 @@ from router.scheduling.scheduler import Scheduler
 
 _log = logging.getLogger("baton.router")
 
-BEAT_S = 1.0
-STRAY_S = 1.0
-MAX_STRAYS = 4096
+BEAT_S: Final = 1.0
+LOST_S: Final = 0.1
+"""Losses on our side of the bus are asked for together."""
+_TICK_S: Final = 0.001
+"""Loops count milliseconds: an earlier call would find nothing due."""
 
 
 class Dispatch:
@@ -72,6 +74,7 @@ class Dispatch:
         self._pending: deque[ev.Event] = deque()
         self._handling = False
         self._timer: asyncio.TimerHandle | None = None
+        self._lost_timer: asyncio.TimerHandle | None = None
         self._tasks: asyncio.TaskGroup | None = None
         self._mailer: Mailer[Job] = Mailer(
             bus, envelope=self._envelope, on_overflow=self._on_overflow
@@ -91,6 +94,8 @@ class Dispatch:
         """Listen for workers' answers; background work lives in `tasks`."""
         self._tasks = tasks
         self._bus.on_event(self._on_bus_event)
+        if not self._bus.connected:
+            self.feed(ev.BusDown())
         await self._bus.subscribe(self._subjects.out_all(self.router_id), self.inbox.on_out)
         tasks.create_task(self._beat(), name="beats")
 
@@ -105,6 +110,10 @@ class Dispatch:
 
     def leave(self) -> None:
         """Tell the workers that this router is gone, so that they stop its jobs at once."""
+        self._tasks = None
+        for timer in (self._timer, self._lost_timer):
+            if timer is not None:
+                timer.cancel()
         self._mailer.flush_now()
         try:
             self._bus.publish(self._subjects.routers, encode(Beat(self.router_id, leaving=True)))
@@ -115,6 +124,8 @@ class Dispatch:
 
     def submit(self, spec: ChoiceSpec, sink: ChoiceSink) -> None:
         """Schedule one choice; `sink` hears everything from now on, also at once."""
+        if spec.choice in self._choices:
+            raise LocalError(f"choice {spec.choice} is running")
         now = self._clock()
         choice = Choice(spec, sink, arrived_at=now, prompt_tokens=spec.num_prompt_tokens)
         self._choices[spec.choice] = choice
@@ -166,23 +177,38 @@ class Dispatch:
         self._handling = True
         try:
             while self._pending:
-                now = self._clock()
-                for command in self.scheduler.handle(self._pending.popleft(), now):
-                    self._run(command, now)
+                self._handle(self._pending.popleft())
         finally:
             self._handling = False
         self._arm()
+
+    def _handle(self, event: ev.Event) -> None:
+        """A defect met by one event or command is logged, and the others get their turn."""
+        now = self._clock()
+        try:
+            commands = self.scheduler.handle(event, now)
+        except Exception:
+            _log.exception("event failed event=%s", type(event).__name__)
+            if isinstance(event, ev.Submitted) and event.choice in self._choices:
+                self._end(cmd.EndChoice(event.choice, "failed", "queue", "internal_error"), now)
+            return
+        for command in commands:
+            try:
+                self._run(command, now)
+            except Exception:
+                _log.exception("command failed command=%s", type(command).__name__)
 
     def _arm(self) -> None:
         deadline = self.scheduler.next_deadline()
         timer = self._timer
         if deadline is None:
             return
-        if timer is not None and not timer.cancelled() and timer.when() <= deadline:
+        if timer is not None and timer.when() <= deadline:
             return
         if timer is not None:
             timer.cancel()
-        self._timer = asyncio.get_running_loop().call_at(deadline, self._tick)
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_at(max(deadline, loop.time() + _TICK_S), self._tick)
 
     def _tick(self) -> None:
         self._timer = None
@@ -222,8 +248,7 @@ class Dispatch:
             case cmd.AskReplay():
                 entry = self._attempts.live.get(attempt)
                 if entry is not None:
-                    job = Replay(attempt, len(entry.choice.output))
-                    self._post(command.worker, command.incarnation, job)
+                    self.inbox.ask_replay(attempt, entry, self._clock())
 
     def _start(self, command: cmd.StartPrefill | cmd.StartDecode, now: float) -> None:
         choice = self._choices[command.choice]
@@ -254,8 +279,11 @@ class Dispatch:
                 choice.chars,
                 spec.cache_salt,
             )
-        if now > choice.arrived_at and len(choice.attempts) == 1:
+        if not choice.dispatched_at:
+            choice.dispatched_at = now
             self._metrics.queue_time(spec.model, now - choice.arrived_at)
+        if isinstance(command, cmd.StartPrefill) or command.handle is None:
+            choice.lent_at = 0.0
         self._post(command.worker, command.incarnation, job)
 
     def _end(self, command: cmd.EndChoice, now: float) -> None:
@@ -309,8 +337,16 @@ class Dispatch:
                 self.feed(ev.BusDown())
             case "lost":
                 self._metrics.bus_lost(event.count)
-                for worker, incarnation in self.inbox.sources():
-                    self.feed(ev.GapSeen(worker, incarnation))
+                ours = event.subject == self._subjects.out_all(self.router_id)
+                if ours and self._lost_timer is None:
+                    loop = asyncio.get_running_loop()
+                    self._lost_timer = loop.call_later(LOST_S, self._ask_all)
+
+    def _ask_all(self) -> None:
+        """We were too slow to take what was said, whoever said it."""
+        self._lost_timer = None
+        for worker, incarnation in self.inbox.sources():
+            self.feed(ev.GapSeen(worker, incarnation))
 
     def _spawn_snapshot(self, worker: str, incarnation: str) -> None:
         if self._tasks is not None:

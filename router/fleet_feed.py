@@ -8,7 +8,7 @@ import logging
 
 from discovery.changes import Change, Joined, Left, Updated
 from discovery.registry import Registry, RegistryState, Synced, Watch
-from protocol.bus import Bus, Message
+from protocol.bus import Bus, Message, Subscription
 from protocol.codec import decode_events
 from protocol.errors import BadMessage
 from protocol.events import KvEvents, Leaving, LoadReport
@@ -41,13 +41,16 @@ class FleetFeed:
         self._catalog = catalog
         self._metrics = metrics
         self._watch: Watch | None = None
+        self._subscription: Subscription | None = None
         self.synced = False
 
     async def start(self) -> None:
-        await self._bus.subscribe(self._subjects.all_events, self._on_events)
+        self._subscription = await self._bus.subscribe(self._subjects.all_events, self._on_events)
         self._watch = self._registry.watch(self._on_change, self._on_state)
 
     async def close(self) -> None:
+        if self._subscription is not None:
+            await self._subscription.close()
         if self._watch is not None:
             await self._watch.close()
 

@@ -13,6 +13,7 @@ from typing import Final, Protocol
 from protocol.bus import Message
 from protocol.codec import decode_out
 from protocol.errors import BadMessage
+from protocol.ids import is_name
 from protocol.jobs import Cancel, Job, Release, Replay
 from protocol.out import (
     Accepted,
@@ -36,7 +37,14 @@ _log = logging.getLogger("baton.router")
 Outcome = Accepted | Refused | Progress | Prefilled | Decoding | Failed
 
 STRAY_S: Final = 1.0
-MAX_REMEMBERED: Final = 4096
+"""An attempt that is not ours is answered this often at most."""
+REPLAY_S: Final = 0.2
+"""The same hole of a stream is asked for this often at most."""
+TAIL_S: Final = 0.25
+"""An envelope may be overtaken by a load report for so long."""
+MAX_STRAYS: Final = 4096
+MAX_DONE: Final = 16_384
+MAX_SOURCES: Final = 16_384
 
 
 @dataclass(slots=True, eq=False)
@@ -49,7 +57,11 @@ class Attempt:
     leg: str
     started_at: float
     heard_at: float
-    prefilled_at: float = 0.0
+    prefilled: bool = False
+    decoding: bool = False
+    asked_at: float = float("-inf")
+    """When a replay was last asked for, and from which output index."""
+    asked_from: int = -1
 
 
 class Attempts:
@@ -73,11 +85,21 @@ class Attempts:
             entry.choice.attempts.discard(number)
         if done:
             self._done[number] = None
-            if len(self._done) > MAX_REMEMBERED:
+            if len(self._done) > MAX_DONE:
                 self._done.popitem(last=False)
 
     def is_done(self, number: int) -> bool:
         return number in self._done
+
+
+@dataclass(slots=True, eq=False)
+class _Source:
+    """How much of what one worker process said has arrived."""
+
+    seen: int = 0
+    tail: int = 0
+    """A number beyond `seen` that a report has named, and since when."""
+    tail_at: float = 0.0
 
 
 class Post(Protocol):
@@ -103,8 +125,7 @@ class Inbox:
         self._clock = clock
         self._feed = feed
         self._post = post
-        self._seen: dict[tuple[str, str], int] = {}
-        self._tails: dict[tuple[str, str], int] = {}
+        self._sources: dict[tuple[str, str], _Source] = {}
         self._strays: dict[tuple[str, int], float] = {}
         self._on_client_gone: dict[str, Callable[[], None]] = {}
         self._bad = 0
@@ -118,7 +139,8 @@ class Inbox:
         self._on_client_gone.pop(token, None)
 
     def sources(self) -> list[tuple[str, str]]:
-        return list(self._seen)
+        """Worker processes that have said something to us."""
+        return list(self._sources)
 
     def on_out(self, message: Message) -> None:
         if message.no_responders:
@@ -129,12 +151,13 @@ class Inbox:
         except BadMessage as error:
             self.bad_message(message.subject, error)
             return
+        if not (message.subject.endswith(f".{envelope.worker}") and is_name(envelope.incarnation)):
+            self.bad_message(message.subject, BadMessage("another worker's name"))
+            return
         now = self._clock()
-        source = (envelope.worker, envelope.incarnation)
-        seen = self._seen.get(source, 0)
-        gap = envelope.seq > seen + 1
-        if envelope.seq > seen:
-            self._seen[source] = envelope.seq
+        source = self._source(envelope.worker, envelope.incarnation)
+        gap = envelope.seq > source.seen + 1
+        source.seen = max(source.seen, envelope.seq)
         for out in envelope.outs:
             if type(out) is StepFrame:
                 self._on_frame(envelope, out, now)
@@ -142,6 +165,21 @@ class Inbox:
                 self._on_outcome(envelope, out, now)
         if gap:
             self._feed(ev.GapSeen(envelope.worker, envelope.incarnation))
+
+    def _source(self, worker: str, incarnation: str) -> _Source:
+        key = (worker, incarnation)
+        source = self._sources.get(key)
+        if source is None:
+            if len(self._sources) >= MAX_SOURCES:
+                del self._sources[next(iter(self._sources))]
+            source = self._sources[key] = _Source()
+        return source
+
+    def ask_replay(self, number: int, entry: Attempt, now: float) -> None:
+        """Ask for what the stream does not have yet."""
+        have = len(entry.choice.output)
+        entry.asked_at, entry.asked_from = now, have
+        self._post(entry.worker, entry.incarnation, Replay(number, have))
 
     def _on_frame(self, envelope: OutEnvelope, frame: StepFrame, now: float) -> None:
         attempts = self._attempts.live
@@ -163,8 +201,9 @@ class Inbox:
         choice = entry.choice
         have = len(choice.output)
         if delta.index != have:
-            if delta.index > have:  # something before it was lost: ask for all from where we are
-                self._post(entry.worker, entry.incarnation, Replay(delta.attempt, have))
+            asked_now = entry.asked_from == have and now - entry.asked_at < REPLAY_S
+            if delta.index > have and not asked_now:  # something before it was lost
+                self.ask_replay(delta.attempt, entry, now)
             return
         choice.output.extend(delta.ids)
         choice.chars += len(delta.text)
@@ -173,7 +212,12 @@ class Inbox:
             self._metrics.first_token(choice.spec.model, now - choice.arrived_at)
         choice.last_at = now
         choice.finish = delta.finish
-        choice.sink.delta(choice, delta)
+        try:
+            choice.sink.delta(choice, delta)
+        except Exception:  # noqa: BLE001  the other streams of this frame must get theirs
+            _log.exception("a stream failed choice=%s", choice.id)
+            self._feed(ev.ClientGone(choice.id))
+            return
         if delta.finish and entry.leg == "decode":
             self._feed(ev.Ended(delta.attempt))
 
@@ -187,6 +231,8 @@ class Inbox:
         entry.heard_at = now
         match out:
             case Accepted():
+                if out.handle is not None:
+                    entry.choice.lent_at = entry.choice.lent_at or now
                 self._feed(ev.Accepted(out.attempt, out.handle))
             case Refused():
                 self._feed(ev.Refused(out.attempt, out.reason))
@@ -195,7 +241,7 @@ class Inbox:
             case Prefilled():
                 self._on_prefilled(entry, out, now)
             case Decoding():
-                self._on_decoding(entry, out)
+                self._on_decoding(entry, out, now)
             case Failed():
                 self._on_failed(entry, out)
 
@@ -224,10 +270,12 @@ class Inbox:
         self._feed(ev.AttemptFailed(out.attempt, out.leg, out.code, out.message))
 
     def _on_prefilled(self, entry: Attempt, out: Prefilled, now: float) -> None:
-        if entry.prefilled_at:  # a repeat of what we have, after a replay
+        if entry.prefilled:  # a repeat of what we have, after a replay
             return
-        entry.prefilled_at = now
+        entry.prefilled = True
         choice = entry.choice
+        if out.handle is not None:
+            choice.lent_at = now
         if not choice.output:
             choice.cached_tokens = out.cached_tokens
         self._metrics.prefilled(choice.spec.model, out.queue_s, out.prefill_s)
@@ -236,14 +284,19 @@ class Inbox:
         ended = out.first is not None and bool(out.first.finish)
         self._feed(ev.Prefilled(out.attempt, out.handle, ended, out.cached_tokens))
 
-    def _on_decoding(self, entry: Attempt, out: Decoding) -> None:
+    def _on_decoding(self, entry: Attempt, out: Decoding, now: float) -> None:
         choice = entry.choice
-        if not choice.output and out.cached_tokens:
-            choice.cached_tokens = out.cached_tokens
-        if out.transport:
-            self._metrics.transfer(
-                choice.spec.model, out.transport, out.transfer_bytes, out.transfer_s
-            )
+        if not entry.decoding:  # else a repeat, which is only a sign of life
+            entry.decoding = True
+            if not choice.output and out.cached_tokens:
+                choice.cached_tokens = out.cached_tokens
+            if out.transport:
+                self._metrics.transfer(
+                    choice.spec.model, out.transport, out.transfer_bytes, out.transfer_s
+                )
+            if choice.lent_at:
+                self._metrics.handle_used(choice.spec.model, now - choice.lent_at)
+                choice.lent_at = 0.0
         self._feed(ev.DecodingStarted(out.attempt))
 
     def _stray(self, envelope: OutEnvelope, attempt: int, now: float) -> None:
@@ -253,7 +306,7 @@ class Inbox:
         key = (envelope.incarnation, attempt)
         if now - self._strays.get(key, float("-inf")) < STRAY_S:
             return
-        if len(self._strays) >= MAX_REMEMBERED:
+        if len(self._strays) >= MAX_STRAYS:
             self._strays.clear()
         self._strays[key] = now
         self._metrics.note("late", "stray")
@@ -280,18 +333,22 @@ class Inbox:
             self._bad = 0
 
     def reported(self, worker: str, incarnation: str, last_seq: int) -> None:
-        """A load report says how many envelopes we were sent. Two reports in a row beyond what has
-        arrived mean a lost tail (one alone may just have overtaken the envelope)."""
-        source = (worker, incarnation)
-        seen = self._seen.get(source, 0)
-        before = self._tails.get(source, 0)
-        if before > seen:
-            self._seen[source] = before
-            self._tails[source] = last_seq
+        """A load report says how many envelopes we were sent. What has not come some time after the
+        first report that names it is lost (before, the report may just have overtaken it)."""
+        source = self._sources.get((worker, incarnation))
+        if source is None:
+            if last_seq == 0:
+                return
+            source = self._source(worker, incarnation)
+        if last_seq <= source.seen:
+            return
+        now = self._clock()
+        if source.tail <= source.seen:
+            source.tail, source.tail_at = last_seq, now
+        elif now - source.tail_at >= TAIL_S:
+            source.seen = source.tail
+            source.tail, source.tail_at = last_seq, now
             self._feed(ev.GapSeen(worker, incarnation))
-        else:
-            self._tails[source] = last_seq
 
     def forget_worker(self, worker: str, incarnation: str) -> None:
-        self._seen.pop((worker, incarnation), None)
-        self._tails.pop((worker, incarnation), None)
+        self._sources.pop((worker, incarnation), None)

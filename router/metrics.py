@@ -59,6 +59,10 @@ class RouterMetrics:
             "baton_kv_transfer_seconds", "Pull of a handle's blocks, check included.",
             ["model", "transport"], buckets=_TIMES, registry=r,
         )  # fmt: skip
+        self.handle_age = Histogram(
+            "baton_handle_age_seconds", "A handle's arrival to the release of its blocks: decoding "
+            "started.", ["model"], buckets=_TIMES, registry=r,
+        )  # fmt: skip
         self.transfer_bytes = Counter(
             "baton_kv_transfer_bytes", "KV bytes handed over.", ["model", "transport"], registry=r
         )
@@ -138,6 +142,9 @@ class RouterMetrics:
         self.transfers.labels(model, transport).inc()
         self.transfer_bytes.labels(model, transport).inc(num_bytes)
         self.transfer_time.labels(model, transport).observe(seconds)
+
+    def handle_used(self, model: str, age_s: float) -> None:
+        self.handle_age.labels(model).observe(age_s)
 
     def note(self, kind: str, cause: str) -> None:
         self.notes.labels(kind, cause).inc()

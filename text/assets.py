@@ -80,13 +80,20 @@ def load_assets(folder: Path) -> ModelAssets:
     return make_assets(files)
 
 
-def byte_assets(name: str = "simulated", *, max_context: int = 1 << 20) -> ModelAssets:
-    """Assets that need no folder: one token per byte, a begin, an end and one marker per role."""
+def byte_assets(
+    name: str = "simulated", *, max_context: int = 1 << 20, max_new_tokens: int = 256
+) -> ModelAssets:
+    """Assets that need no folder: one token per byte, a begin, an end and one marker per role.
+
+    `max_new_tokens` is what an answer gets that asks for no number: the engine behind these assets
+    may never end one by itself.
+    """
     marker = {"name": name, "roles": BYTE_ROLES, "max_context": max_context}
     config = {"bos_token": "<|bos|>", "eos_token": "<|eos|>", "roles": BYTE_ROLES}
     files = {
         BYTE_TOKENIZER_FILE: msgspec.json.encode(marker),
         TOKENIZER_CONFIG_FILE: msgspec.json.encode(config),
+        GENERATION_CONFIG_FILE: msgspec.json.encode({"max_new_tokens": max_new_tokens}),
         CHAT_TEMPLATE_FILE: _byte_template().encode(),
     }
     return make_assets(files)

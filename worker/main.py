@@ -58,9 +58,15 @@ async def run_worker(config: WorkerConfig, stop: asyncio.Event, stop_now: asynci
     )
     running = _Running(config, bus, subjects, engine, service, registry, worker, incarnation)
     try:
-        return await running.run(stop, stop_now)
-    finally:
-        await running.close()
+        await running.run(stop, stop_now)
+    except TwinAlive as twin:
+        await running.close(twin)
+        raise ConfigError(str(twin)) from None
+    except BaseException as error:
+        await running.close(error)
+        raise
+    await running.close(None)
+    return 0
 
 
 @dataclass(slots=True)
@@ -76,22 +82,27 @@ class _Running:
     worker: str
     incarnation: str
     registration: Registration | None = None
+    info: WorkerInfo | None = None
     metrics_server: Any = None
+    is_loading: bool = False
+    """The engine's start has begun and not ended."""
 
-    async def run(self, stop: asyncio.Event, stop_now: asyncio.Event) -> int:
-        engine_info = await self.engine.start(self.service)
-        info = self._info(engine_info)
-        self._serve_metrics(info)
+    async def run(self, stop: asyncio.Event, stop_now: asyncio.Event) -> None:
+        """Returns when it is time to leave. Raises ConfigError, TwinAlive."""
+        serving = asyncio.create_task(self._serve(), name="serve")
+        waiters = [
+            asyncio.create_task(event.wait(), name="until stopped") for event in (stop, stop_now)
+        ]
         try:
-            async with asyncio.TaskGroup() as tasks:
-                main = tasks.create_task(self._serve(info, engine_info), name="serve")
-                await self._until_stopped(info, main, stop, stop_now)
-                raise _Stopped
-        except* _Stopped:
-            pass
-        except* TwinAlive as group:
-            raise ConfigError(str(group.exceptions[0])) from None
-        return 0
+            await asyncio.wait([serving, *waiters], return_when=asyncio.FIRST_COMPLETED)
+            if not serving.done() and not stop_now.is_set():
+                await self._drain(serving, waiters[1])
+            if serving.done():
+                serving.result()
+        finally:
+            for task in (serving, *waiters):
+                task.cancel()
+            await asyncio.wait([serving, *waiters])
 
     def _info(self, engine: EngineInfo) -> WorkerInfo:
         config = self.config
@@ -127,78 +138,94 @@ class _Running:
         self.metrics_server = server
         _log.info("metrics url=http://%s:%d/metrics", self.config.host, server.server_port)
 
-    async def _serve(self, info: WorkerInfo, engine_info: EngineInfo) -> None:
-        """Listen for jobs before anybody can read of us."""
+    async def _serve(self) -> None:
+        """Listen for jobs before anybody can read of us, then serve for ever."""
+        self.is_loading = True
+        try:
+            engine_info = await self.engine.start(self.service)
+        except Exception:
+            self.is_loading = False
+            raise
+        self.is_loading = False
+        info = self.info = self._info(engine_info)
+        self._serve_metrics(info)
         await self.bus.start()
         await self.service.start(info, engine_info)
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self.service.run(), name="service")
-            self.registration = await self.registry.register(
-                info, ttl_s=self.config.etcd_ttl_ms / 1e3, is_alive=_pinger(self.bus, self.subjects)
-            )
-            _log.info(
-                "worker ready worker=%s incarnation=%s role=%s model=%s engine=%s transports=%s",
-                info.worker_id,
-                info.incarnation,
-                info.role,
-                info.model,
-                info.engine,
-                ",".join(info.transports),
-            )
+        self.registration = await self.registry.register(
+            info, ttl_s=self.config.etcd_ttl_ms / 1e3, is_alive=_pinger(self.bus, self.subjects)
+        )
+        _log.info(
+            "worker ready worker=%s incarnation=%s role=%s model=%s engine=%s transports=%s",
+            info.worker_id,
+            info.incarnation,
+            info.role,
+            info.model,
+            info.engine,
+            ",".join(info.transports),
+        )
+        await self.service.run()
 
-    async def _until_stopped(
-        self,
-        info: WorkerInfo,
-        main: "asyncio.Task[None]",
-        stop: asyncio.Event,
-        stop_now: asyncio.Event,
-    ) -> None:
-        waiters = [asyncio.ensure_future(stop.wait()), asyncio.ensure_future(stop_now.wait())]
-        try:
-            await asyncio.wait([main, *waiters], return_when=asyncio.FIRST_COMPLETED)
-            if main.done():
-                await main
-            if not stop_now.is_set():
-                await self._drain(info, stop_now)
-        finally:
-            for waiter in waiters:
-                waiter.cancel()
-
-    async def _drain(self, info: WorkerInfo, stop_now: asyncio.Event) -> None:
+    async def _drain(self, serving: "asyncio.Task[None]", now: "asyncio.Task[bool]") -> None:
         """Take nothing new, finish what runs, wait for lent blocks to come back."""
+        if self.registration is None or self.info is None:
+            return  # nobody has heard of us yet
         _log.info("draining worker=%s", self.worker)
         self.service.refuse("draining")
-        if self.registration is not None:
-            await self.registration.update(msgspec.structs.replace(info, draining=True))
-        drained = asyncio.ensure_future(self.engine.drain())
-        now = asyncio.ensure_future(stop_now.wait())
-        try:
-            async with asyncio.timeout(self.config.drain_timeout_ms / 1e3):
-                await asyncio.wait([drained, now], return_when=asyncio.FIRST_COMPLETED)
-        except TimeoutError:
+        drained = asyncio.create_task(self._finish(self.registration, self.info), name="drain")
+        limit_s = self.config.drain_timeout_ms / 1e3
+        done, _ = await asyncio.wait(
+            [drained, now, serving], timeout=limit_s, return_when=asyncio.FIRST_COMPLETED
+        )
+        if not done:
             _log.warning("drain deadline passed worker=%s", self.worker)
-        finally:
-            drained.cancel()
-            now.cancel()
+        drained.cancel()
+        await asyncio.wait([drained])
+        if not drained.cancelled():
+            drained.result()
 
-    async def close(self) -> None:
-        """Leave in an order that harms nobody: key first, then what was said, then memory."""
-        if self.metrics_server is not None:
-            self.metrics_server.shutdown()
-            self.metrics_server.server_close()
-        if self.registration is not None:
-            await self.registration.close()
-        self.service.close()
-        await self.registry.close()
-        await self.bus.close()
+    async def _finish(self, registration: Registration, info: WorkerInfo) -> None:
+        await registration.update(msgspec.structs.replace(info, draining=True))
+        await self.engine.drain()
+
+    async def close(self, error: BaseException | None) -> None:
+        """Leave in an order that harms nobody: say so, take the key away, give back the memory."""
+        if self.is_loading:
+            _log.info("leaving while the engine is still loading")
+            self._exit(error)
+        for step in (
+            self._say_goodbye,
+            self._deregister,
+            self._close_metrics,
+            self.registry.close,
+            self.bus.close,
+        ):
+            try:
+                await step()
+            except Exception:  # noqa: BLE001  whatever fails, the rest must still be left in order
+                _log.exception("while leaving")
         if not await self.engine.stop():
             _log.warning("a transfer is still live: leaving without clean-up")
-            logging.shutdown()
-            os._exit(0)
+            self._exit(error)
 
+    async def _deregister(self) -> None:
+        if self.registration is not None:
+            await self.registration.close()
 
-class _Stopped(Exception):
-    """Ends the task group."""
+    async def _say_goodbye(self) -> None:
+        self.service.close()
+
+    async def _close_metrics(self) -> None:
+        server = self.metrics_server
+        if server is not None:
+            await asyncio.to_thread(server.shutdown)
+            server.server_close()
+
+    def _exit(self, error: BaseException | None) -> None:
+        """Without clean-up: threads may be in the middle of something that cannot be cancelled."""
+        if error is not None:
+            _log.critical("leaving because of %r", error)
+        logging.shutdown()
+        os._exit(1 if error else 0)
 
 
 def _pinger(bus: Bus, subjects: Subjects) -> Callable[[WorkerInfo], Any]:

@@ -184,9 +184,7 @@ class Fleet:
     def add_worker(self, name: str, role: str, *flags: str) -> Process:
         """Another worker, ready when the router thinks it eligible. A name that is in use and
         dead is started anew."""
-        process = self._add(
-            name, role, [f"--role={role}", f"--engine={self._engine}", *flags], 0
-        )
+        process = self._add(name, role, [f"--role={role}", f"--engine={self._engine}", *flags], 0)
         self.until(lambda: name in self.eligible(), what=f"{name} to be eligible")
         return process
 
@@ -246,7 +244,9 @@ class Fleet:
             return []
         return [worker["worker_id"] for worker in workers if worker["eligible"]]
 
-    def metrics(self, port: int | None = None) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+    def metrics(
+        self, port: int | None = None
+    ) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
         """Sample by name and labels."""
         _, body = self.get("/metrics", port)
         return {

@@ -205,23 +205,28 @@ def test_errors_have_the_class_of_their_status(client: openai.OpenAI) -> None:
     assert request_id in bad.value.message
 
 
-def test_without_workers_the_model_is_unavailable_and_then_served_again(
-    client: openai.OpenAI, fleet: Fleet
-) -> None:
+def test_when_its_workers_have_gone_a_model_is_unavailable(fleet: Fleet) -> None:
+    """Not unknown: a 503, at once or after the queue's deadline, that asks to try again."""
+    router = fleet.add_router("impatient", "--queue-timeout-ms=300")
     name = "lonely"
-    flags = (f"--served-model-name={name}", "--etcd-ttl-ms=1000")
-    fleet.add_worker("lonely-0", "both", *flags)
-    assert client.completions.create(model=name, prompt="x", max_tokens=2).choices[0].text
-    assert name in [model.id for model in client.models.list()]
-    assert fleet.stop_extra("lonely-0") == 0
-    fleet.until(lambda: "lonely-0" not in fleet.eligible(), what="the worker to be missed")
-
-    began = time.monotonic()
-    with pytest.raises(openai.InternalServerError) as gone:
-        client.completions.create(model=name, prompt="x", max_tokens=2)
-    assert (gone.value.status_code, gone.value.code) == (503, "no_decode_worker")
+    fleet.add_worker("lonely-0", "both", f"--served-model-name={name}")
+    url = f"http://127.0.0.1:{router.port}/v1"
+    with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
+        fleet.until(lambda: "lonely-0" in fleet.eligible(router.port), what="both to see it")
+        assert client.completions.create(model=name, prompt="x", max_tokens=2).choices[0].text
+        assert name in [model.id for model in client.models.list()]
+        assert fleet.stop_extra("lonely-0") == 0
+        fleet.until(
+            lambda: "lonely-0" not in fleet.eligible(router.port), what="the worker to be missed"
+        )
+        began = time.monotonic()
+        with pytest.raises(openai.InternalServerError) as gone:
+            client.completions.create(model=name, prompt="x", max_tokens=2)
+    assert gone.value.status_code == 503
+    assert gone.value.code in ("no_decode_worker", "queue_timeout")
     assert int(gone.value.response.headers["retry-after"]) >= 1
     assert time.monotonic() - began < 1.0
+    assert fleet.stop_extra("impatient") == 0
 
 
 async def test_async_chat_and_stream(aclient: openai.AsyncOpenAI) -> None:

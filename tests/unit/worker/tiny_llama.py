@@ -150,7 +150,6 @@ class Reference:
         self._model: Any = LlamaForCausalLM.from_pretrained(
             folder, attn_implementation="eager", dtype=torch.float32
         )
-        self._model.eval()
         self._model.generation_config.eos_token_id = None
 
     @torch.no_grad()
@@ -206,7 +205,8 @@ class Bench:
 
     def in_chunks(self, blocks: list[int], ids: list[int], *sizes: int) -> Tensor:
         """One sequence alone, in chunks of these sizes; the last one is repeated."""
-        found, start = [], 0
+        found: list[Tensor] = []
+        start = 0
         while start < len(ids):
             size = sizes[min(len(found), len(sizes) - 1)]
             found += self.logits([chunk_of(blocks, ids[start : start + size], start)])
