@@ -187,7 +187,7 @@ class Dispatch:
         now = self._clock()
         try:
             commands = self.scheduler.handle(event, now)
-        except Exception:
+        except Exception:  # noqa: BLE001
             _log.exception("event failed event=%s", type(event).__name__)
             if isinstance(event, ev.Submitted) and event.choice in self._choices:
                 self._end(cmd.EndChoice(event.choice, "failed", "queue", "internal_error"), now)
@@ -195,7 +195,7 @@ class Dispatch:
         for command in commands:
             try:
                 self._run(command, now)
-            except Exception:
+            except Exception:  # noqa: BLE001
                 _log.exception("command failed command=%s", type(command).__name__)
 
     def _arm(self) -> None:

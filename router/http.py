@@ -149,7 +149,7 @@ class HttpApi:
 
         def on_stall() -> None:
             self._metrics.slow_clients.inc()
-            self._running.end(request_id)
+            sink.cancel_all()
 
         writer = SseWriter(
             request_id, stall_s=self._client_stall_s, ping_s=self._ping_s, on_stall=on_stall

@@ -70,13 +70,26 @@ async def run_router(config: RouterConfig, stop: asyncio.Event, stop_now: asynci
             work = tasks.create_task(server.run(), name="serve")
             await _until_stopped(server, work, stop, stop_now)
             raise _Stopped
-    except* _Stopped:
-        pass
+    except BaseExceptionGroup as group:
+        _raise_the_cause(group)
     finally:
-        if feed is not None:
-            await feed.close()
-        await etcd.close()
-        await bus.close()
+        for close in (feed.close if feed else None, etcd.close, bus.close):
+            try:
+                if close is not None:
+                    await close()
+            except Exception:  # noqa: BLE001  whatever fails, the rest is still left in order
+                _log.exception("while leaving")
+
+
+def _raise_the_cause(group: BaseExceptionGroup[BaseException]) -> None:
+    """Nothing if we were told to stop; the operator's mistake as itself; else all of it."""
+    rest = group.split(_Stopped)[1]
+    if rest is None:
+        return
+    cause: BaseException = rest
+    while isinstance(cause, BaseExceptionGroup):
+        cause = cause.exceptions[0]
+    raise (cause if isinstance(cause, ConfigError) else rest) from None
 
 
 class _Stopped(Exception):
@@ -86,13 +99,13 @@ class _Stopped(Exception):
 async def _until_stopped(
     server: "_Server", work: "asyncio.Task[None]", stop: asyncio.Event, stop_now: asyncio.Event
 ) -> None:
-    waiters = [asyncio.ensure_future(stop.wait()), asyncio.ensure_future(stop_now.wait())]
+    waiters = [asyncio.create_task(event.wait()) for event in (stop, stop_now)]
     try:
         await asyncio.wait([work, *waiters], return_when=asyncio.FIRST_COMPLETED)
         if work.done():
-            await work
+            work.result()
         if not stop_now.is_set():
-            await server.drain(stop_now)
+            await server.drain(waiters[1])
     finally:
         for waiter in waiters:
             waiter.cancel()
@@ -205,25 +218,22 @@ class _Server:
         if event.kind != "lost":
             self._metrics.bus_up.set(1 if event.kind == "up" else 0)
 
-    async def drain(self, stop_now: asyncio.Event) -> None:
-        """Refuse new work, finish what runs, at most `drain_timeout_ms`."""
+    async def drain(self, now: "asyncio.Task[bool]") -> None:
+        """Refuse new work, finish what runs, at most `drain_timeout_ms` or until `now` is done."""
         self._http.accepting = False
         await self._nats_api.close()
-        _log.info("draining inflight=%d", self._dispatch.num_inflight)
-        deadline = asyncio.get_running_loop().time() + self._config.drain_timeout_ms / 1e3
-        while self._dispatch.num_inflight and not stop_now.is_set():
-            if asyncio.get_running_loop().time() >= deadline:
-                _log.warning("drain deadline, aborting inflight=%d", self._dispatch.num_inflight)
-                break
-            try:
-                async with asyncio.timeout(0.1):
-                    await stop_now.wait()
-            except TimeoutError:
-                pass
-        self._running.abort_all(
-            ClientError(503, "shutting down", code="shutting_down", retry_after_s=1)
-        )
+        _log.info("draining requests=%d", len(self._running))
+        idle = asyncio.create_task(self._running.idle(), name="idle")
+        limit_s = self._config.drain_timeout_ms / 1e3
+        await asyncio.wait([idle, now], timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+        idle.cancel()
 
     async def close(self) -> None:
+        """Whoever is still waiting is told so, then the workers are."""
+        self._http.accepting = False
+        if len(self._running):
+            _log.warning("leaving, aborting requests=%d", len(self._running))
+            text = "the router is shutting down"
+            self._running.abort_all(ClientError(503, text, code="shutting_down", retry_after_s=1))
         await self._runner.cleanup()
         self._dispatch.leave()

@@ -4,6 +4,7 @@ Both fronts begin and end every request here, so that an id that two clients cho
 requests, and so that a router that leaves can tell all its clients.
 """
 
+import asyncio
 from collections.abc import Callable
 
 from protocol.errors import ClientError
@@ -22,6 +23,16 @@ class Running:
         self._dispatch = dispatch
         self.new_id = new_id
         self._sinks: dict[str, JoinedSink | None] = {}
+        self._idle = asyncio.Event()
+
+    def __len__(self) -> int:
+        return len(self._sinks)
+
+    async def idle(self) -> None:
+        """Returns when no request is in progress."""
+        while self._sinks:
+            self._idle.clear()
+            await self._idle.wait()
 
     def begin(self, asked: str) -> str:
         """The request's id: the client's if it is a name, marked if that is already in use."""
@@ -45,6 +56,8 @@ class Running:
         sink = self._sinks.pop(request_id, None)
         if sink is not None:
             sink.cancel_all()
+        if not self._sinks:
+            self._idle.set()
 
     def abort_all(self, error: ClientError) -> None:
         """Every client is told `error` now."""

@@ -10,7 +10,10 @@ is ever compressed.
 """
 
 import asyncio
+import fcntl
 import logging
+import sys
+import termios
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Final
 
@@ -103,7 +106,7 @@ class SseWriter:
         return data
 
     def _start_sweep(self, transport: asyncio.Transport) -> None:
-        self._smallest = transport.get_write_buffer_size()
+        self._smallest = _untaken(transport)
         self._moved_at = self._loop.time()
         self._sweeper = self._loop.call_later(SWEEP_S, self._sweep)
 
@@ -112,11 +115,10 @@ class SseWriter:
         transport = self._transport
         if transport is None or transport.is_closing() or not self._held:
             return
-        size = transport.get_write_buffer_size()
-        if size <= LOW_BYTES:
+        if transport.get_write_buffer_size() <= LOW_BYTES:
             transport.write(self._framed(self._take()))
             return
-        now = self._loop.time()
+        size, now = _untaken(transport), self._loop.time()
         if size < self._smallest:
             self._smallest, self._moved_at = size, now
         elif now - self._moved_at >= self._stall_s:
@@ -230,7 +232,7 @@ class SseWriter:
 
     def _watch(self, transport: asyncio.Transport, limit: asyncio.Timeout, smallest: int) -> None:
         """Put the limit off while the client takes something."""
-        size = transport.get_write_buffer_size()
+        size = _untaken(transport)
         if size < smallest and not limit.expired():
             limit.reschedule(self._loop.time() + self._stall_s)
         arguments = (transport, limit, min(size, smallest))
@@ -242,3 +244,15 @@ def _transport(request: web.Request) -> asyncio.Transport:
     if transport is None or transport.is_closing():
         raise ConnectionResetError("the client is gone")
     return transport
+
+
+def _untaken(transport: asyncio.Transport) -> int:
+    """Bytes the client has not taken: ours, and those in the kernel. The kernel asks for more only
+    after a third of its megabytes have gone, which a slow client may need minutes for."""
+    size = transport.get_write_buffer_size()
+    connection = transport.get_extra_info("socket")
+    try:
+        waiting = fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, bytes(4))
+    except (OSError, AttributeError):
+        return size
+    return size + int.from_bytes(waiting, sys.byteorder)

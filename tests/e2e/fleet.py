@@ -30,6 +30,8 @@ READY_S = 30.0
 STOP_S = 20.0
 TAIL_CHARS = 6_000
 POLL_S = 0.02
+SERVERS = ("nats", "etcd")
+"""They leave last: the others say goodbye through them."""
 MODEL = "demo"
 """The name under which `baton up` serves when it is not told another."""
 
@@ -78,6 +80,7 @@ class Fleet:
         self._is_ready = threading.Event()
         self._reader: threading.Thread | None = None
         self._extra: dict[str, tuple[Process, subprocess.Popen[bytes]]] = {}
+        self._killed: dict[str, list[str]] = {}
 
     def __enter__(self) -> Self:
         try:
@@ -118,8 +121,16 @@ class Fleet:
     def stop(self) -> None:
         """SIGTERM, wait, then kill all that is left. Everything may be frozen, killed or stopped
         already."""
-        for process, _ in list(self._extra.values()):
-            self.stop_extra(process.name)
+        extra = [process for process, _ in self._extra.values()]
+        for process in extra:
+            if process.role not in SERVERS:
+                self.stop_extra(process.name)
+        self._stop_up()
+        for process in extra:
+            if process.role in SERVERS:
+                self.stop_extra(process.name)
+
+    def _stop_up(self) -> None:
         up, self._up = self._up, None
         if up is None:
             return
@@ -149,8 +160,9 @@ class Fleet:
         return own + [process for process, _ in self._extra.values()]
 
     def process(self, name: str) -> Process:
-        """`router`, `nats`, `etcd`, `prefill-0`, `decode-1`, ..."""
-        return next(process for process in self.processes if process.name == name)
+        """`router`, `nats`, `etcd`, `prefill-0`, `decode-1`, ...; of two with one name the last
+        started."""
+        return next(process for process in reversed(self.processes) if process.name == name)
 
     def by_role(self, role: str) -> list[Process]:
         return [process for process in self.processes if process.role == role]
@@ -178,8 +190,15 @@ class Fleet:
         """Another router on the same bus, ready when it sees as many workers as the first one."""
         wanted = len(self.eligible()) if num_workers is None else num_workers
         process = self._add(name, "router", [f"--port={(port := free_port())}", *flags], port)
-        self.until(lambda: len(self.eligible(port)) >= wanted, what=f"{name} to see the workers")
+        self.until(lambda: self._num_seen(port) >= wanted, what=f"{name} to see the workers")
         return process
+
+    def _num_seen(self, port: int) -> float:
+        """From the metrics, which need no API key; 0 if there is no answer yet."""
+        try:
+            return self.metric("baton_workers", port, state="eligible")
+        except OSError:
+            return 0.0
 
     def add_worker(self, name: str, role: str, *flags: str) -> Process:
         """Another worker, ready when the router thinks it eligible. A name that is in use and
@@ -193,6 +212,9 @@ class Fleet:
             *(sys.executable, "-m", "baton", "router" if role == "router" else "worker"),
             *(f"--name={name}", f"--nats={self.nats_url}", f"--etcd={self.etcd_url}", *flags),
         ]
+        return self._start(name, role, command, port)
+
+    def _start(self, name: str, role: str, command: Sequence[str], port: int) -> Process:
         log = self._folder / "logs" / f"{name}-added.log"
         with log.open("ab") as output:
             started = subprocess.Popen(
@@ -314,8 +336,43 @@ class Fleet:
             _signal(process.pid, signal.SIGCONT)
 
     def kill(self, name: str) -> None:
-        """SIGKILL; `baton up` reports it and goes on."""
-        os.kill(self.process(name).pid, signal.SIGKILL)
+        """SIGKILL; `baton up` reports it and goes on. `restart` starts it anew."""
+        process = self.process(name)
+        self._killed[name] = self.command(name)
+        os.kill(process.pid, signal.SIGKILL)
+        if name in self._extra:
+            self._extra[name][1].wait()
+        else:
+            self.until(lambda: not is_alive(process.pid), what=f"the end of {name}")
+
+    def command(self, name: str) -> list[str]:
+        return command_line(self.process(name).pid)
+
+    def restart(self, name: str) -> Process:
+        """What was killed, with the same command line; does not wait until it serves."""
+        old = self.process(name)
+        return self._start(name, old.role, self._killed[name], old.port)
+
+    def until_back(self, name: str, incarnation: str = "", *, timeout_s: float = 15.0) -> None:
+        """Until the router gives that worker work, under another than this incarnation."""
+
+        def is_back() -> bool:
+            return any(
+                worker["worker_id"] == name and worker["incarnation"] != incarnation
+                for worker in self.cluster_info()["workers"]
+                if worker["eligible"]
+            )
+
+        self.until(is_back, what=f"{name} to be back", timeout_s=timeout_s)
+
+    def worker(self, name: str) -> dict[str, Any]:
+        """What the router says of that worker; empty if it knows none of that name."""
+        listed = self.cluster_info()["workers"]
+        return next((worker for worker in listed if worker["worker_id"] == name), {})
+
+    def alive(self) -> set[str]:
+        """Names of the processes that run (or are frozen)."""
+        return {process.name for process in self.processes if is_alive(process.pid)}
 
 
 def _environment() -> dict[str, str]:
@@ -323,6 +380,19 @@ def _environment() -> dict[str, str]:
     kept = {key: value for key, value in os.environ.items() if not key.startswith("BATON_")}
     kept.pop("PYTHONASYNCIODEBUG", None)
     return kept
+
+
+def command_line(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/cmdline").read_text().split("\0")[:-1]
+
+
+def is_alive(pid: int) -> bool:
+    """A process of that number exists and is no zombie."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return stat.rpartition(")")[2].split()[0] != "Z"
 
 
 def _signal(pid: int, number: int) -> None:

@@ -21,6 +21,8 @@ pytestmark = pytest.mark.xdist_group("api")
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
 MESSAGES = [{"role": "user", "content": "hi"}]
+LONG_MESSAGES = [{"role": "user", "content": "x" * 200_000}]
+UNSUPPORTED = "unsupported_parameter"
 
 
 @pytest.fixture(autouse=True)
@@ -148,31 +150,31 @@ BAD_FIELDS: list[tuple[str, dict[str, Any], str, str]] = [
     (TEXT, {"stream_options": {"include_usage": True}}, "stream_options", "invalid_value"),
     (TEXT, {"stream": True, "stream_options": 5}, "stream_options", "invalid_type"),
     (TEXT, {"seed": 1.5}, "seed", "invalid_type"),
-    (TEXT, {"logprobs": 0}, "logprobs", "unsupported_parameter"),
-    (TEXT, {"logprobs": 5}, "logprobs", "unsupported_parameter"),
-    (TEXT, {"echo": True}, "echo", "unsupported_parameter"),
-    (TEXT, {"suffix": "x"}, "suffix", "unsupported_parameter"),
-    (TEXT, {"best_of": 3}, "best_of", "unsupported_parameter"),
-    (TEXT, {"presence_penalty": 0.5}, "presence_penalty", "unsupported_parameter"),
-    (TEXT, {"frequency_penalty": 0.5}, "frequency_penalty", "unsupported_parameter"),
-    (TEXT, {"logit_bias": {"5": 1}}, "logit_bias", "unsupported_parameter"),
-    (CHAT, {"logprobs": True}, "logprobs", "unsupported_parameter"),
-    (CHAT, {"logprobs": False, "top_logprobs": 3}, "top_logprobs", "unsupported_parameter"),
-    (CHAT, {"tools": [{"type": "function"}]}, "tools", "unsupported_parameter"),
-    (CHAT, {"tool_choice": "required"}, "tool_choice", "unsupported_parameter"),
-    (CHAT, {"functions": [{}]}, "functions", "unsupported_parameter"),
-    (CHAT, {"response_format": {"type": "json_object"}}, "response_format", "unsupported_parameter"),
-    (CHAT, {"guided_json": {}}, "guided_json", "unsupported_parameter"),
-    (CHAT, {"modalities": ["audio"]}, "modalities", "unsupported_parameter"),
+    (TEXT, {"logprobs": 0}, "logprobs", UNSUPPORTED),
+    (TEXT, {"logprobs": 5}, "logprobs", UNSUPPORTED),
+    (TEXT, {"echo": True}, "echo", UNSUPPORTED),
+    (TEXT, {"suffix": "x"}, "suffix", UNSUPPORTED),
+    (TEXT, {"best_of": 3}, "best_of", UNSUPPORTED),
+    (TEXT, {"presence_penalty": 0.5}, "presence_penalty", UNSUPPORTED),
+    (TEXT, {"frequency_penalty": 0.5}, "frequency_penalty", UNSUPPORTED),
+    (TEXT, {"logit_bias": {"5": 1}}, "logit_bias", UNSUPPORTED),
+    (CHAT, {"logprobs": True}, "logprobs", UNSUPPORTED),
+    (CHAT, {"logprobs": False, "top_logprobs": 3}, "top_logprobs", UNSUPPORTED),
+    (CHAT, {"tools": [{"type": "function"}]}, "tools", UNSUPPORTED),
+    (CHAT, {"tool_choice": "required"}, "tool_choice", UNSUPPORTED),
+    (CHAT, {"functions": [{}]}, "functions", UNSUPPORTED),
+    (CHAT, {"response_format": {"type": "json_object"}}, "response_format", UNSUPPORTED),
+    (CHAT, {"guided_json": {}}, "guided_json", UNSUPPORTED),
+    (CHAT, {"modalities": ["audio"]}, "modalities", UNSUPPORTED),
     (CHAT, {"messages": []}, "messages", "invalid_messages"),
     (CHAT, {"messages": {}}, "messages", "invalid_type"),
     (CHAT, {"messages": ["hi"]}, "messages[0]", "invalid_type"),
     (CHAT, {"messages": [{"content": "x"}]}, "messages[0].role", "invalid_messages"),
     (CHAT, {"messages": [{"role": "user"}]}, "messages[0].content", "invalid_messages"),
-    (CHAT, {"messages": [{"role": "user", "content": 5}]}, "messages[0].content", "invalid_messages"),
+    (CHAT, {"messages": [{"role": "u", "content": 5}]}, "messages[0].content", "invalid_messages"),
     (CHAT, {"max_completion_tokens": 0}, "max_completion_tokens", "invalid_value"),
-    (CHAT, {"messages": [{"role": "user", "content": "x" * 200_000}]}, "messages", "context_length_exceeded"),
-]  # fmt: skip
+    (CHAT, {"messages": LONG_MESSAGES}, "messages", "context_length_exceeded"),
+]
 
 
 @pytest.mark.parametrize(("path", "fields", "param", "code"), BAD_FIELDS, ids=lambda v: str(v)[:40])
@@ -255,8 +257,8 @@ def raw(fleet: Fleet, data: bytes, *, until: bytes = b"", port: int | None = Non
 
 def test_broken_chunks_are_a_400(fleet: Fleet) -> None:
     head = f"POST {TEXT} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
-    received = raw(fleet, head + b"5\r\nhello\r\nzzzz\r\n", until=b"}}")
-    assert received.startswith(b"HTTP/1.1 400")
+    received = raw(fleet, head + b"5\r\nhello\r\nzzzz\r\n")
+    assert received.partition(b" ")[2].startswith(b"400")
 
 
 def test_a_broken_gzip_body_is_a_400(fleet: Fleet) -> None:
@@ -272,7 +274,7 @@ def test_expect_100_continue(fleet: Fleet) -> None:
         assert connection.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
         connection.sendall(body)
         assert connection.recv(65536).startswith(b"HTTP/1.1 200 OK\r\n")
-    received = raw(fleet, f"{head}Content-Length: 99000000\r\n\r\n".encode())
+    received = raw(fleet, f"{head}Content-Length: 99000000\r\n\r\n".encode(), until=b"}}")
     assert received.startswith(b"HTTP/1.1 413")
     assert b'"code":"body_too_large"' in received
     received = raw(fleet, head.replace("100-continue", "miracles").encode() + b"\r\n")

@@ -23,9 +23,9 @@ from text.tokenizer import Tokenizer
 
 NUM_PROMPTS = 50
 MAX_PROMPT = 2_000
-MAX_TOKENS = 24
+MAX_TOKENS = 20
 CONCURRENCY = 8
-MARGIN = 1e-3
+MARGIN = 1e-4
 
 pytestmark = [pytest.mark.xdist_group("equality"), pytest.mark.timeout(240)]
 
@@ -145,8 +145,13 @@ def test_one_worker_says_what_transformers_says(cases: list[Case], aggregated: l
 def test_prefill_and_decode_on_two_workers_say_the_same(
     transport: str, cases: list[Case], aggregated: list[str], tmp_path: Path
 ) -> None:
-    with Fleet(tmp_path, engine="torch", flags=[f"--transfer={transport}"]) as fleet:
+    with Fleet(
+        tmp_path,
+        engine="torch",
+        settings=["router.local_prefill_tokens=0"],
+        flags=[f"--transfer={transport}"],
+    ) as fleet:
         texts = asyncio.run(answers(fleet, cases))
         pulled = fleet.metric("baton_kv_transfers_total", transport=transport)
     assert texts == aggregated
-    assert pulled > NUM_PROMPTS * 0.8
+    assert pulled == NUM_PROMPTS

@@ -11,7 +11,13 @@ from worker.transfer.select import build_transfers
 
 def build_engine(config: WorkerConfig, *, worker: str, incarnation: str) -> Engine:
     """Raises ConfigError with one clear line."""
-    transfers = build_transfers(config.transfer, host=config.host, tcp_port=config.transfer_port)
+    is_simulated = config.engine == "simulated"
+    transfers = build_transfers(
+        config.transfer,
+        host=config.host,
+        tcp_port=config.transfer_port,
+        throttle_bytes_per_s=(config.sim_transfer_bytes_per_s or None) if is_simulated else None,
+    )
     stepper = StepperConfig(
         worker=worker,
         incarnation=incarnation,
@@ -23,7 +29,7 @@ def build_engine(config: WorkerConfig, *, worker: str, incarnation: str) -> Engi
         max_tokens_in_flight=config.max_tokens_in_buffer,
         max_quarantined_blocks=config.max_quarantined_blocks or None,
     )
-    if config.engine == "simulated":
+    if is_simulated:
         return build_simulated(_simulated(config), transfers, stepper)
     return _torch(config, transfers, stepper)
 

@@ -72,15 +72,27 @@ def available_here() -> dict[str, str]:
 
 
 def build_transfers(
-    requested: Requested, *, host: str = "127.0.0.1", tcp_port: int = 0, advertise_host: str = ""
+    requested: Requested,
+    *,
+    host: str = "127.0.0.1",
+    tcp_port: int = 0,
+    advertise_host: str = "",
+    throttle_bytes_per_s: float | None = None,
 ) -> list[Transfer]:
-    """Best first, not started. Raises ConfigError."""
+    """Best first, not started. Raises ConfigError. The throttle bounds the pace of one pull."""
+    throttle = throttle_bytes_per_s
     transfers: list[Transfer] = []
     for name, _ in preferences(requested, available_here()):
         if name == "shm":
-            transfers.append(ShmTransfer())
+            transfers.append(ShmTransfer(throttle_bytes_per_s=throttle))
         else:
-            transfers.append(TcpTransfer(host=host, port=tcp_port, advertise_host=advertise_host))
+            tcp = TcpTransfer(
+                host=host,
+                port=tcp_port,
+                advertise_host=advertise_host,
+                throttle_bytes_per_s=throttle,
+            )
+            transfers.append(tcp)
     return transfers
 
 

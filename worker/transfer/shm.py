@@ -8,6 +8,7 @@ as it is mapped and cannot change any more.
 
 import ctypes
 import logging
+import math
 import os
 import platform
 import queue
@@ -27,6 +28,8 @@ _logger = logging.getLogger(__name__)
 _ORDERED_MACHINES: Final = frozenset({"x86_64", "AMD64"})
 _COPY_BYTES: Final = 1 << 20
 """One copy at most: progress, abort and stop are looked at in between."""
+_THROTTLE_S: Final = 0.05
+"""A throttled pull copies at most so much of its time at once."""
 _SWEEP_S: Final = 1.0
 
 
@@ -177,7 +180,8 @@ class ShmTransfer:
             return wrong
         if out_of_range(spec.remote, source.arena_bytes // size):
             return "bad_request: a remote block outside of the source's arena"
-        for remote, local, count in runs(spec.remote, spec.local, max(1, _COPY_BYTES // size)):
+        at_once = min(_COPY_BYTES, (self._throttle or math.inf) * _THROTTLE_S)
+        for remote, local, count in runs(spec.remote, spec.local, max(1, int(at_once // size))):
             if self._stopping.is_set():
                 return "stopped: the worker leaves"
             if operation.aborted:

@@ -1,0 +1,177 @@
+"""The API on the bus, asked with plain nats-py: no code of ours on the client's side."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import nats
+import pytest
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription
+
+from tests.e2e.fleet import MODEL, Fleet
+
+pytestmark = pytest.mark.xdist_group("api")
+
+CHAT = "baton.default.api.chat.completions"
+TEXT = "baton.default.api.completions"
+MODELS = "baton.default.api.models"
+
+
+@pytest.fixture
+async def client(fleet: Fleet) -> AsyncIterator[Client]:
+    client = await nats.connect(fleet.nats_url)
+    yield client
+    await client.close()
+    fleet.until_idle()
+
+
+@dataclass
+class Answer:
+    """Everything up to the message with the status."""
+
+    chunks: list[dict[str, Any]] = field(default_factory=list)
+    status: str = ""
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+async def send(
+    client: Client, subject: str, body: bytes | dict[str, Any], headers: dict[str, str] | None
+) -> Subscription:
+    inbox = client.new_inbox()
+    subscription = await client.subscribe(inbox)
+    payload = body if isinstance(body, bytes) else json.dumps(body).encode()
+    await client.publish(subject, payload, reply=inbox, headers=headers)
+    return subscription
+
+
+async def ask(
+    client: Client,
+    subject: str,
+    body: bytes | dict[str, Any],
+    headers: dict[str, str] | None = None,
+) -> Answer:
+    subscription = await send(client, subject, body, headers)
+    answer = Answer()
+    async with asyncio.timeout(10):
+        while not answer.status:
+            message: Msg = await subscription.next_msg(timeout=10)
+            if message.headers and "Baton-Status" in message.headers:
+                assert message.data == b""
+                answer.status = message.headers["Baton-Status"]
+                answer.headers = dict(message.headers)
+            else:
+                answer.chunks.append(json.loads(message.data))
+    await subscription.unsubscribe()
+    return answer
+
+
+def chat(**fields: Any) -> dict[str, Any]:
+    return {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "seed": 1, **fields}
+
+
+async def test_models(client: Client) -> None:
+    answer = await ask(client, MODELS, b"")
+    assert answer.status == "200"
+    assert MODEL in [model["id"] for model in answer.chunks[0]["data"]]
+
+
+async def test_a_chat_in_one_piece_and_in_chunks(client: Client) -> None:
+    whole = await ask(client, CHAT, chat(max_tokens=6), {"x-request-id": "bus-1"})
+    assert whole.status == "200"
+    assert whole.headers["x-request-id"] == "bus-1"
+    [body] = whole.chunks
+    assert body["id"] == "chatcmpl-bus-1"
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    stream = await ask(client, CHAT, chat(max_tokens=6, **options))
+    assert stream.status == "200"
+    *chunks, usage = stream.chunks
+    assert (usage["choices"], usage["usage"]) == ([], body["usage"])
+    assert chunks[0]["choices"][0]["delta"]["role"] == "assistant"
+    assert [c["choices"][0]["finish_reason"] for c in chunks][-2:] == [None, "length"]
+    text = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
+    assert text == body["choices"][0]["message"]["content"]
+
+
+async def test_a_streamed_completion(client: Client) -> None:
+    body = {"model": MODEL, "prompt": ["a", "b"], "max_tokens": 5, "stream": True}
+    answer = await ask(client, TEXT, body)
+    assert answer.status == "200"
+    texts = ["", ""]
+    for chunk in answer.chunks:
+        texts[chunk["choices"][0]["index"]] += chunk["choices"][0]["text"]
+    assert [len(text) for text in texts] == [5, 5]
+
+
+@pytest.mark.parametrize(
+    ("subject", "body", "status", "code"),
+    [
+        (CHAT, b"{", "400", "invalid_json"),
+        (CHAT, {"model": MODEL, "messages": []}, "400", "invalid_messages"),
+        (CHAT, chat(tools=[{}]), "400", "unsupported_parameter"),
+        (CHAT, chat(model="nobody"), "404", "model_not_found"),
+        (TEXT, {"model": MODEL, "prompt": "x", "max_tokens": 0, "stream": True}, "400",
+         "invalid_value"),
+        ("baton.default.api.embeddings", b"{}", "404", "not_found"),
+        ("baton.default.api.chat", b"{}", "404", "not_found"),
+    ],
+)  # fmt: skip
+async def test_errors_are_an_object_and_a_status(
+    client: Client, subject: str, body: bytes | dict[str, Any], status: str, code: str
+) -> None:
+    answer = await ask(client, subject, body)
+    assert answer.status == status
+    [chunk] = answer.chunks
+    assert set(chunk["error"]) == {"message", "type", "param", "code"}
+    assert chunk["error"]["code"] == code
+    assert answer.headers["x-request-id"] in chunk["error"]["message"]
+
+
+async def test_a_client_that_stops_listening_is_cancelled(client: Client, fleet: Fleet) -> None:
+    body = {"model": MODEL, "prompt": "x", "max_tokens": 20_000, "stream": True, "n": 2}
+    subscription = await send(client, TEXT, body, None)
+    await subscription.next_msg(timeout=5)
+    assert fleet.cluster_info()["inflight"] == 2
+    await subscription.unsubscribe()
+    await client.flush()
+    fleet.until(lambda: fleet.cluster_info()["inflight"] == 0, what="cancel", timeout_s=1.0)
+    fleet.until_idle()
+
+
+async def test_a_client_that_disconnects_is_cancelled(client: Client, fleet: Fleet) -> None:
+    other = await nats.connect(fleet.nats_url)
+    body = {"model": MODEL, "prompt": "x", "max_tokens": 20_000, "stream": True}
+    subscription = await send(other, TEXT, body, None)
+    await subscription.next_msg(timeout=5)
+    await other.close()
+    fleet.until(lambda: fleet.cluster_info()["inflight"] == 0, what="cancel", timeout_s=1.0)
+
+
+async def test_two_routers_share_the_requests(client: Client, fleet: Fleet) -> None:
+    """And when one leaves while it serves, what it serves is finished."""
+    second = fleet.add_router("second")
+
+    def served() -> tuple[float, float]:
+        name = "baton_choices_total"
+        return fleet.metric(name), fleet.metric(name, second.port)
+
+    before = served()
+    body = {"model": MODEL, "prompt": "x", "max_tokens": 2}
+    answers = await asyncio.gather(*(ask(client, TEXT, body) for _ in range(40)))
+    assert {answer.status for answer in answers} == {"200"}
+    shares = [after - then for after, then in zip(served(), before, strict=True)]
+    assert sum(shares) == 40
+    assert min(shares) >= 5
+
+    long = {"model": MODEL, "prompt": "x", "max_tokens": 150, "stream": True}
+    running = [asyncio.create_task(ask(client, TEXT, long)) for _ in range(8)]
+    await client.flush()
+    fleet.until(lambda: fleet.cluster_info(second.port)["inflight"] > 0, what="work for the second")
+    code = await asyncio.to_thread(fleet.stop_extra, "second")
+    assert code == 0
+    answers = await asyncio.gather(*running)
+    assert {answer.status for answer in answers} == {"200"}
+    assert [len(answer.chunks) for answer in answers] == [150] * 8
