@@ -86,6 +86,7 @@ class Dispatch:
             clock=clock,
             feed=self.feed,
             post=self._post,
+            later=asyncio.get_running_loop().call_later,
         )
 
     # --- life ---
@@ -151,6 +152,11 @@ class Dispatch:
     @property
     def num_inflight(self) -> int:
         return len(self._choices)
+
+    @property
+    def num_attempts(self) -> int:
+        """Dispatches whose outcome has not arrived."""
+        return len(self._attempts.live)
 
     def watch_client(self, token: str, on_gone: Callable[[], None]) -> str:
         """A reply subject on which the bus says that a NATS client stopped listening."""

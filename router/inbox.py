@@ -40,7 +40,7 @@ STRAY_S: Final = 1.0
 """An attempt that is not ours is answered this often at most."""
 REPLAY_S: Final = 0.2
 """The same hole of a stream is asked for this often at most."""
-TAIL_S: Final = 0.25
+TAIL_S: Final = 0.15
 """An envelope may be overtaken by a load report for so long."""
 MAX_STRAYS: Final = 4096
 MAX_DONE: Final = 16_384
@@ -98,8 +98,7 @@ class _Source:
 
     seen: int = 0
     tail: int = 0
-    """A number beyond `seen` that a report has named, and since when."""
-    tail_at: float = 0.0
+    """While above 0: a report has named this number, and soon it is looked for."""
 
 
 class Post(Protocol):
@@ -118,6 +117,7 @@ class Inbox:
         clock: Callable[[], float],
         feed: Callable[[ev.Event], None],
         post: Post,
+        later: Callable[[float, Callable[[], None]], object],
     ) -> None:
         self._attempts = attempts
         self._subjects = subjects
@@ -125,6 +125,7 @@ class Inbox:
         self._clock = clock
         self._feed = feed
         self._post = post
+        self._later = later
         self._sources: dict[tuple[str, str], _Source] = {}
         self._strays: dict[tuple[str, int], float] = {}
         self._on_client_gone: dict[str, Callable[[], None]] = {}
@@ -333,21 +334,21 @@ class Inbox:
             self._bad = 0
 
     def reported(self, worker: str, incarnation: str, last_seq: int) -> None:
-        """A load report says how many envelopes we were sent. What has not come some time after the
-        first report that names it is lost (before, the report may just have overtaken it)."""
+        """A load report says how many envelopes we were sent. What has not come a little later is
+        lost (now, the report may just have overtaken it)."""
         source = self._sources.get((worker, incarnation))
         if source is None:
             if last_seq == 0:
                 return
             source = self._source(worker, incarnation)
-        if last_seq <= source.seen:
-            return
-        now = self._clock()
-        if source.tail <= source.seen:
-            source.tail, source.tail_at = last_seq, now
-        elif now - source.tail_at >= TAIL_S:
-            source.seen = source.tail
-            source.tail, source.tail_at = last_seq, now
+        if last_seq > source.seen and not source.tail:
+            source.tail = last_seq
+            self._later(TAIL_S, lambda: self._look_for_tail(source, worker, incarnation))
+
+    def _look_for_tail(self, source: _Source, worker: str, incarnation: str) -> None:
+        tail, source.tail = source.tail, 0
+        if tail > source.seen:
+            source.seen = tail
             self._feed(ev.GapSeen(worker, incarnation))
 
     def forget_worker(self, worker: str, incarnation: str) -> None:

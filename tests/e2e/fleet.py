@@ -345,11 +345,31 @@ class Fleet:
         else:
             self.until(lambda: not is_alive(process.pid), what=f"the end of {name}")
 
+    def until_ended(self, name: str, *, timeout_s: float = 15.0) -> int:
+        """The exit code of a process that ends by itself or was told to."""
+        process = self.process(name)
+        if name in self._extra:
+            return self._extra[name][1].wait(timeout_s)
+        start = f"{name} (pid {process.pid}) ended with "
+
+        def said() -> list[str]:
+            return [line for line in self._said if line.startswith(start)]
+
+        lines = self.until(said, what=f"the end of {name}", timeout_s=timeout_s)
+        return int(lines[-1].removeprefix(start))
+
     def command(self, name: str) -> list[str]:
         return command_line(self.process(name).pid)
 
+    def terminate(self, name: str) -> None:
+        """SIGTERM. `restart` starts it anew once it has ended."""
+        process = self.process(name)
+        if name not in self._killed or is_alive(process.pid):
+            self._killed[name] = self.command(name)
+        os.kill(process.pid, signal.SIGTERM)
+
     def restart(self, name: str) -> Process:
-        """What was killed, with the same command line; does not wait until it serves."""
+        """What was ended, with the same command line; does not wait until it serves."""
         old = self.process(name)
         return self._start(name, old.role, self._killed[name], old.port)
 

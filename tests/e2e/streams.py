@@ -69,7 +69,7 @@ def asks(count: int, max_tokens: int, *, kind: str, prompt: int = 0) -> list[Ask
 class Stream(threading.Thread):
     """One client with one SSE stream."""
 
-    def __init__(self, fleet: Fleet, ask: Ask) -> None:
+    def __init__(self, fleet: Fleet, ask: Ask, *, port: int = 0) -> None:
         super().__init__(daemon=True)
         self.ask = ask
         self.status = 0
@@ -83,7 +83,7 @@ class Stream(threading.Thread):
         self.worst_gap = 0.0
         self.flowing = threading.Event()
         """Some tokens are here, or it is over."""
-        self._port = fleet.port
+        self._port = port or fleet.port
         self.start()
 
     def run(self) -> None:
@@ -151,9 +151,9 @@ class Stream(threading.Thread):
         return ""
 
 
-def start_streams(fleet: Fleet, wanted: Sequence[Ask]) -> list[Stream]:
-    """All at once."""
-    return [Stream(fleet, ask) for ask in wanted]
+def start_streams(fleet: Fleet, wanted: Sequence[Ask], *, port: int = 0) -> list[Stream]:
+    """All at once; `port` of another router than the first."""
+    return [Stream(fleet, ask, port=port) for ask in wanted]
 
 
 def until_flowing(streams: Sequence[Stream], timeout_s: float = 10.0) -> None:

@@ -203,7 +203,7 @@ def test_an_unknown_model_is_a_404(fleet: Fleet, stream: bool) -> None:
 
 
 def test_what_means_nothing_or_is_not_known_is_ignored(fleet: Fleet) -> None:
-    neutral = {
+    neutral: dict[str, Any] = {
         "temperature": None, "n": None, "stop": None, "logprobs": False, "top_logprobs": 0,
         "tools": [], "tool_choice": "auto", "response_format": {"type": "text"}, "user": "me",
         "presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}, "store": True,
@@ -356,8 +356,8 @@ def test_api_keys(fleet: Fleet) -> None:
     port = fleet.add_router("locked", "--api-keys=k-one,k-two").port
     try:
         for given in (None, "Bearer", "Bearer wrong", "Basic k-one", "k-one", "Bearer k-on\xe9"):
-            headers = {} if given is None else {"Authorization": given}
-            answer = call(fleet, "GET", "/v1/models", headers=headers, port=port)
+            wrong = {} if given is None else {"Authorization": str(given)}
+            answer = call(fleet, "GET", "/v1/models", headers=wrong, port=port)
             error = error_of(answer)
             assert (answer[0], error["code"]) == (401, "invalid_api_key")
             assert error["type"] == "authentication_error"

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import AsyncIterator, Iterator
+from typing import Any
 
 import openai
 import pytest
@@ -61,7 +62,12 @@ def test_max_completion_tokens_wins_over_max_tokens(client: openai.OpenAI) -> No
 
 
 def test_a_streamed_chat_is_the_same_text_in_chunks(client: openai.OpenAI) -> None:
-    asked = {"model": MODEL, "messages": user("stream me"), "max_tokens": 12, "seed": 5}
+    asked: dict[str, Any] = {
+        "model": MODEL,
+        "messages": user("stream me"),
+        "max_tokens": 12,
+        "seed": 5,
+    }
     whole = client.chat.completions.create(**asked)
     chunks = list(client.chat.completions.create(**asked, stream=True))
     assert chunks[0].choices[0].delta.role == "assistant"
@@ -132,7 +138,7 @@ def test_an_answer_without_a_limit_ends_all_the_same(client: openai.OpenAI) -> N
 
 
 def test_batches_number_their_choices_prompt_by_prompt(client: openai.OpenAI) -> None:
-    asked = {"model": MODEL, "max_tokens": 5, "seed": 3}
+    asked: dict[str, Any] = {"model": MODEL, "max_tokens": 5, "seed": 3}
     one = [client.completions.create(prompt=p, n=2, **asked) for p in ("first", "second!")]
     both = client.completions.create(prompt=["first", "second!"], n=2, **asked)
     assert [choice.index for choice in both.choices] == [0, 1, 2, 3]
@@ -146,7 +152,13 @@ def test_batches_number_their_choices_prompt_by_prompt(client: openai.OpenAI) ->
 
 
 def test_streamed_choices_of_a_batch_are_told_apart(client: openai.OpenAI) -> None:
-    asked = {"model": MODEL, "prompt": ["first", "second!"], "n": 2, "max_tokens": 5, "seed": 3}
+    asked: dict[str, Any] = {
+        "model": MODEL,
+        "prompt": ["first", "second!"],
+        "n": 2,
+        "max_tokens": 5,
+        "seed": 3,
+    }
     whole = client.completions.create(**asked)
     texts = [""] * 4
     for chunk in client.completions.create(**asked, stream=True):
@@ -156,7 +168,12 @@ def test_streamed_choices_of_a_batch_are_told_apart(client: openai.OpenAI) -> No
 
 @pytest.mark.parametrize("stop", [" ", [" ", "never"]])
 def test_a_stop_string_ends_the_text_before_it(client: openai.OpenAI, stop: str) -> None:
-    asked = {"model": MODEL, "prompt": "stop at a space", "max_tokens": 40, "seed": 2}
+    asked: dict[str, Any] = {
+        "model": MODEL,
+        "prompt": "stop at a space",
+        "max_tokens": 40,
+        "seed": 2,
+    }
     free = client.completions.create(**asked).choices[0].text
     answer = client.completions.create(**asked, stop=stop)
     assert answer.choices[0].finish_reason == "stop"
@@ -230,7 +247,7 @@ def test_when_its_workers_have_gone_a_model_is_unavailable(fleet: Fleet) -> None
 
 
 async def test_async_chat_and_stream(aclient: openai.AsyncOpenAI) -> None:
-    asked = {"model": MODEL, "messages": user("async"), "max_tokens": 8, "seed": 4}
+    asked: dict[str, Any] = {"model": MODEL, "messages": user("async"), "max_tokens": 8, "seed": 4}
     whole = await aclient.chat.completions.create(**asked)
     text = ""
     async for chunk in await aclient.chat.completions.create(**asked, stream=True):

@@ -86,8 +86,9 @@ class LlamaModel:
         heads, dim = config.num_heads, config.head_dim
         qkv = layer.qkv(self._normed(rows, layer.attention_norm)).view(rows.shape[0], -1, dim)
         rotated = qkv[:, : heads + config.num_kv_heads]
-        # The table's sine has its sign for the half that is moved: one turn, no concatenation.
-        rotated.copy_(rotated * cos + rotated.roll(dim // 2, dims=-1) * sin)
+        # The table's sine has the sign of the half that is moved.
+        moved = torch.cat((rotated[..., dim // 2 :], rotated[..., : dim // 2]), dim=-1)
+        rotated.mul_(cos).addcmul_(moved, sin)
         own = qkv[:, heads:].view(-1, 2, config.num_kv_heads, dim)
         kv.write(index, batch, own)
         return kv.attend(index, batch, qkv[:, :heads], own)

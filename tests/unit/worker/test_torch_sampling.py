@@ -115,6 +115,7 @@ def test_the_ends_of_the_range_are_the_ends_of_the_vocabulary() -> None:
     almost_one = 1 - 2.0**-53
     assert draw(logits, options(), 2.0**-53) == 0
     assert draw(logits, options(), almost_one) == 3
+    assert draw(logits, options(), 0.25) == 1
     assert draw(torch.tensor([0.0, -math.inf]), options(), almost_one) == 0
 
 

@@ -1,0 +1,128 @@
+"""SIGTERM: what runs is finished, nothing new is taken, the exit code is 0, and no client sees an
+error. A second SIGTERM: at once."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from tests.e2e.fleet import Fleet, is_alive
+from tests.e2e.streams import asks, check_exact, start_streams, until_ended, until_flowing
+
+pytestmark = [pytest.mark.xdist_group("drain"), pytest.mark.timeout(60)]
+
+SETTINGS = (
+    "worker.sim_step_ms=20",
+    "worker.lease_ms=3000",
+    "worker.sim_transfer_bytes_per_s=300000",
+)
+
+
+@pytest.fixture(scope="module")
+def drained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    """Two and two; every test leaves it whole."""
+    with Fleet(tmp_path_factory.mktemp("drained"), prefill=2, decode=2, settings=SETTINGS) as fleet:
+        yield fleet
+
+
+def second_chances(fleet: Fleet) -> float:
+    return sum(fleet.metric("baton_events_total", kind=kind) for kind in ("retry", "resume"))
+
+
+def back(fleet: Fleet, name: str) -> None:
+    """A successor under the same name."""
+    fleet.restart(name)
+    fleet.until_back(name, timeout_s=6.0)
+    fleet.until_idle()
+
+
+def test_a_decode_worker_finishes_its_streams_and_leaves(drained: Fleet) -> None:
+    before = second_chances(drained)
+    running = start_streams(drained, asks(8, 150, kind="drain decode"))
+    until_flowing(running)
+    held = drained.worker("decode-0")["reservations"]
+    assert held > 0
+    drained.terminate("decode-0")
+    drained.until(lambda: "decode-0" not in drained.eligible(), what="decode-0 to be spared")
+    during = start_streams(drained, asks(8, 20, kind="during"))
+    until_flowing(during)
+    assert drained.worker("decode-0")["reservations"] <= held
+    assert drained.until_ended("decode-0") == 0
+    check_exact(running)
+    check_exact(during)
+    assert second_chances(drained) == before, "nothing had to move"
+    drained.until(lambda: not drained.worker("decode-0"), what="its key to be gone")
+    back(drained, "decode-0")
+
+
+def test_a_prefill_worker_waits_until_its_blocks_are_back(drained: Fleet) -> None:
+    """512 kB at 300 kB/s: they are lent for more than a second."""
+    before = second_chances(drained)
+    running = start_streams(drained, asks(1, 40, kind="drain prefill", prompt=8_000))
+    drained.until(lambda: running[0].text, what="the first token, which comes from the prefill")
+    names = ("prefill-0", "prefill-1")
+    name = next(name for name in names if drained.worker(name)["reservations"])
+    pulls = drained.metric("baton_kv_transfers_total")
+    drained.terminate(name)
+    drained.until(lambda: name not in drained.eligible(), what=f"{name} to be spared")
+    assert drained.metric("baton_kv_transfers_total") == pulls, "the pull was too short"
+    assert is_alive(drained.process(name).pid)
+    during = start_streams(drained, asks(4, 20, kind="during"))
+    check_exact(running)
+    check_exact(during)
+    assert drained.until_ended(name) == 0
+    assert drained.metric("baton_kv_transfers_total") > pulls
+    assert second_chances(drained) == before, "nothing had to move"
+    back(drained, name)
+
+
+def test_a_router_finishes_its_streams_and_refuses_new_ones(drained: Fleet) -> None:
+    router = drained.add_router("second")
+    running = start_streams(drained, asks(8, 100, kind="drain router"), port=router.port)
+    until_flowing(running)
+    drained.terminate("second")
+    drained.until(lambda: drained.get("/ready", router.port)[0] == 503, what="it to be unready")
+    refused = start_streams(drained, asks(4, 20, kind="refused"), port=router.port)
+    until_ended(refused)
+    assert [(s.status, s.error.get("code")) for s in refused] == [(503, "shutting_down")] * 4
+    check_exact(running)
+    assert drained.until_ended("second") == 0
+    assert drained.stop_extra("second") == 0
+    drained.until_idle()
+
+
+def test_a_second_signal_ends_a_worker_at_once_and_its_streams_go_on_elsewhere(
+    drained: Fleet,
+) -> None:
+    running = start_streams(drained, asks(8, 200, kind="hurry decode"))
+    until_flowing(running)
+    assert drained.worker("decode-1")["reservations"]
+    drained.terminate("decode-1")
+    drained.until(lambda: "decode-1" not in drained.eligible(), what="decode-1 to be spared")
+    began = time.monotonic()
+    drained.terminate("decode-1")
+    assert drained.until_ended("decode-1", timeout_s=5.0) == 0
+    assert time.monotonic() - began < 2.0
+    check_exact(running)
+    assert max(stream.worst_gap for stream in running) < 2.0, "they were told, not missed"
+    back(drained, "decode-1")
+
+
+def test_a_second_signal_ends_a_router_at_once_and_its_clients_are_told(drained: Fleet) -> None:
+    router = drained.add_router("third")
+    running = start_streams(drained, asks(8, 200, kind="hurry router"), port=router.port)
+    until_flowing(running)
+    drained.terminate("third")
+    drained.until(lambda: drained.get("/ready", router.port)[0] == 503, what="it to be unready")
+    began = time.monotonic()
+    os.kill(router.pid, signal.SIGTERM)
+    assert drained.until_ended("third", timeout_s=5.0) == 0
+    assert time.monotonic() - began < 2.0
+    until_ended(running)
+    for stream in running:
+        assert (stream.error.get("code"), stream.is_done) == ("shutting_down", True), stream.broken
+        assert stream.ask.expected().startswith(stream.text)
+    drained.stop_extra("third")
+    drained.until_idle()  # the workers were told, too

@@ -1,0 +1,214 @@
+"""`SseWriter` behind a real aiohttp server; the client reads as the test says."""
+
+import asyncio
+import json
+import random
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from protocol.errors import ClientError
+from router.streams import SseWriter
+
+TOO_LATE = ClientError(502, "broken", code="worker_failed")
+
+
+class World:
+    """One request, its writer, and the client's socket."""
+
+    def __init__(self, writer: SseWriter, client: socket.socket, serving: "Serving") -> None:
+        self.writer = writer
+        self.client = client
+        self.serving = serving
+
+    async def read(self, size: int = 1 << 20) -> bytes:
+        return await asyncio.get_running_loop().sock_recv(self.client, size)
+
+    async def read_all(self) -> bytes:
+        """To the end of the chunked answer."""
+        data = b""
+        async with asyncio.timeout(10):
+            while not data.endswith(b"\r\n0\r\n\r\n"):
+                piece = await self.read()
+                assert piece
+                data += piece
+        return data
+
+
+class Serving:
+    """How the handler ended."""
+
+    def __init__(self) -> None:
+        self.writer: asyncio.Future[SseWriter] = asyncio.get_running_loop().create_future()
+        self.ended: asyncio.Future[BaseException | None] = (
+            asyncio.get_running_loop().create_future()
+        )
+        self.stalled = asyncio.Event()
+
+
+@asynccontextmanager
+async def streaming(*, stall_s: float = 5.0, ping_s: float = 60.0) -> AsyncIterator[World]:
+    serving = Serving()
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        writer = SseWriter("rid", stall_s=stall_s, ping_s=ping_s, on_stall=serving.stalled.set)
+        serving.writer.set_result(writer)
+        try:
+            response = await writer.serve(request, {"x-request-id": "rid"})
+        except BaseException as error:
+            serving.ended.set_result(error)
+            raise
+        serving.ended.set_result(None)
+        return response
+
+    app = web.Application()
+    app.add_routes([web.post("/", handle)])
+    runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    address = runner.addresses[0]
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
+    client.setblocking(False)
+    try:
+        loop = asyncio.get_running_loop()
+        await loop.sock_connect(client, address)
+        await loop.sock_sendall(client, b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n")
+        async with asyncio.timeout(5):
+            yield World(await serving.writer, client, serving)
+    finally:
+        client.close()
+        await runner.cleanup()
+
+
+def body_of(answer: bytes) -> bytes:
+    """Without head and chunked framing, which is checked."""
+    _, _, rest = answer.partition(b"\r\n\r\n")
+    body = b""
+    while True:
+        size, _, rest = rest.partition(b"\r\n")
+        length = int(size, 16)
+        body, end, rest = body + rest[:length], rest[length : length + 2], rest[length + 2 :]
+        assert end == b"\r\n"
+        if length == 0:
+            assert rest == b""
+            return body
+
+
+def events_of(answer: bytes) -> list[bytes]:
+    *events, rest = body_of(answer).split(b"\n\n")
+    assert rest == b""
+    return events
+
+
+def chunk(number: int, size: int) -> bytes:
+    return json.dumps({"number": number, "pad": "x" * size}).encode()
+
+
+def numbers_of(events: list[bytes]) -> list[int]:
+    assert events[-1] == b"data: [DONE]"
+    return [json.loads(event.removeprefix(b"data: "))["number"] for event in events[:-1]]
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_however_the_client_reads_it_gets_all_in_order(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("router.streams.SWEEP_S", 0.01)
+    rng = random.Random(seed)
+    count = 3000
+    async with streaming() as world:
+        parts = []
+        for number in range(count):
+            world.writer.write(chunk(number, rng.choice((10, 4000))))
+            if rng.random() < 0.5:
+                await asyncio.sleep(0)
+            if number and rng.random() < 0.3:
+                parts.append(await world.read(rng.choice((100, 20_000))))
+            if number % 500 == 499:
+                await asyncio.sleep(0.03)  # a pause of the model: some sweeps come by
+        world.writer.finish()
+        answer = b"".join(parts) + await world.read_all()
+        assert numbers_of(events_of(answer)) == list(range(count))
+        assert await world.serving.ended is None
+
+
+@pytest.mark.parametrize("is_done", [False, True])
+async def test_who_takes_nothing_is_aborted(is_done: bool) -> None:
+    async with streaming(stall_s=0.5) as world:
+        for number in range(2500):
+            world.writer.write(chunk(number, 4000))
+            if number % 50 == 0:
+                await asyncio.sleep(0)
+        if is_done:
+            world.writer.finish()
+        async with asyncio.timeout(4):
+            await world.serving.stalled.wait()
+            ended = await world.serving.ended
+        assert isinstance(ended, ConnectionError | asyncio.CancelledError)
+        world.writer.write(b"late")  # changes nothing, raises nothing
+        world.writer.finish()
+
+
+Ends = Callable[[SseWriter], Any]
+
+
+@pytest.mark.parametrize(
+    ("act", "expected"),
+    [
+        (lambda w: w.finish(), [b"data: [DONE]"]),
+        (lambda w: (w.write(b"1"), w.finish()), [b"data: 1", b"data: [DONE]"]),
+        (lambda w: (w.write(b"1"), w.write(b"2"), w.finish()),
+         [b"data: 1", b"data: 2", b"data: [DONE]"]),
+    ],
+)  # fmt: skip
+async def test_a_stream_that_is_over_before_it_began(act: Ends, expected: list[bytes]) -> None:
+    async with streaming() as world:
+        act(world.writer)
+        assert events_of(await world.read_all()) == expected
+
+
+async def test_an_error_before_the_first_byte_is_raised() -> None:
+    async with streaming() as world:
+        world.writer.fail(TOO_LATE)
+        assert await world.serving.ended is TOO_LATE
+
+
+@pytest.mark.parametrize("wait", [False, True])
+async def test_an_error_after_a_chunk_is_an_event(wait: bool) -> None:
+    async with streaming() as world:
+        world.writer.write(b"1")
+        head = await world.read() if wait else b""
+        world.writer.fail(TOO_LATE)
+        first, error, done = events_of(head + await world.read_all())
+    assert (first, done) == (b"data: 1", b"data: [DONE]")
+    assert json.loads(error.removeprefix(b"data: "))["error"]["code"] == "worker_failed"
+
+
+async def test_an_error_after_a_ping_is_an_event() -> None:
+    async with streaming(ping_s=0.02) as world:
+        head = await world.read()
+        assert b": ping\n\n" in head
+        world.writer.fail(TOO_LATE)
+        events = events_of(head + await world.read_all())
+    assert [event for event in events if event != b": ping"][-1] == b"data: [DONE]"
+    assert b"worker_failed" in events[-2]
+
+
+async def test_a_client_that_leaves_cancels_the_handler_and_late_writes_are_harmless() -> None:
+    async with streaming() as world:
+        world.writer.write(b"1")
+        await world.read()
+        world.client.close()
+        async with asyncio.timeout(2):
+            while not world.serving.ended.done():
+                world.writer.write(b"2")
+                await asyncio.sleep(0)
+        assert isinstance(world.serving.ended.result(), asyncio.CancelledError)
+        world.writer.write(b"3")
+        world.writer.fail(TOO_LATE)
