@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import importlib.util
 import logging
+import os
 import shutil
 import signal
 import sys
@@ -165,6 +166,9 @@ class _Fleet:
         ]
         if options.model:
             flags.append(f"--model={options.model}")
+        if options.engine == "torch":  # workers that fight for the same cores crawl
+            total = sum(options.counts.values())
+            flags.append(f"--threads={max(1, (os.cpu_count() or 1) // total)}")
         return [*self._common("worker"), *flags, *self._extra("worker"), *self._extra(role)]
 
     def _extra(self, role: str) -> list[str]:

@@ -125,31 +125,43 @@ class Examples:
 
     def batches(self) -> Iterator[Tensor]:
         """Endless batches [sequences, length + 1] of token ids."""
-        stream: list[int] = []
+        passages = self._shuffled()
         while True:
-            for module in self.rng.sample(self.modules, len(self.modules)):
-                stream += self._module_ids(module)
-                while len(stream) > TOKENS_PER_STEP:
-                    length = self.rng.choice(LENGTHS)
-                    starts = range(0, TOKENS_PER_STEP, length)
-                    yield torch.tensor([stream[at : at + length + 1] for at in starts])
-                    del stream[:TOKENS_PER_STEP]
+            length = self.rng.choice(LENGTHS)
+            yield torch.tensor(
+                [self._row(passages, length + 1) for _ in range(TOKENS_PER_STEP // length)]
+            )
 
-    def _module_ids(self, module: list[str]) -> list[int]:
-        ids: list[int] = []
+    def _row(self, passages: Iterator[list[int]], length: int) -> list[int]:
+        """Whole passages from <|bos|> on, as a server sees them; the last one is cut."""
+        row: list[int] = []
+        while len(row) < length:
+            row += next(passages)
+        return row[:length]
+
+    def _shuffled(self) -> Iterator[list[int]]:
+        """Strangers side by side: from its neighbours the model could tell what comes next."""
+        while True:
+            epoch = [ids for module in self.modules for ids in self._passages(module)]
+            self.rng.shuffle(epoch)
+            yield from epoch
+
+    def _passages(self, module: list[str]) -> list[list[int]]:
+        """The module cut into plain passages and chats of one or more turns."""
+        passages: list[list[int]] = []
         in_chat, at = False, 0
         while at < len(module):
             chat = self.rng.random() < 0.6
             end = self._end(module, at, CHAT_CHARS if chat else self._plain_chars())
             text = "\n\n".join(module[at:end])
             if not chat:
-                ids += [BOS, *self._encode(text), END]
-            elif in_chat and self.rng.random() < 0.3:
-                ids += self._turn(text)
+                passages.append([BOS, *self._encode(text), END])
+            elif in_chat and self.rng.random() < 0.2:
+                passages[-1] += self._turn(text)
             else:
-                ids += [BOS, *self._system(), *self._turn(text)]
+                passages.append([BOS, *self._system(), *self._turn(text)])
             in_chat, at = chat, end
-        return ids
+        return passages
 
     def _end(self, module: list[str], begin: int, chars: float) -> int:
         """Where a passage ends that has at least so many characters, if the module has them."""
@@ -160,10 +172,10 @@ class Examples:
         return end
 
     def _plain_chars(self) -> float:
-        return math.exp(self.rng.uniform(math.log(100), math.log(6000)))
+        return math.exp(self.rng.uniform(math.log(100), math.log(3000)))
 
     def _system(self) -> list[int]:
-        if self.rng.random() < 0.7:
+        if self.rng.random() < 0.8:
             return []
         return [SYSTEM, *self._encode(self.rng.choice(SYSTEM_PROMPTS)), END]
 

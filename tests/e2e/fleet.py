@@ -102,7 +102,7 @@ class Fleet:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env=_environment(),
+            env=environment(),
         )
         self._reader = threading.Thread(target=self._read, args=(self._up,), daemon=True)
         self._reader.start()
@@ -222,7 +222,7 @@ class Fleet:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                env=_environment(),
+                env=environment(),
             )
         process = Process(name, role, started.pid, port, log)
         self._extra[name] = (process, started)
@@ -395,8 +395,8 @@ class Fleet:
         return {process.name for process in self.processes if is_alive(process.pid)}
 
 
-def _environment() -> dict[str, str]:
-    """Debug mode of asyncio is for the tests' own loops: it makes a router ten times slower."""
+def environment() -> dict[str, str]:
+    """For a started process. Debug mode of asyncio is for the tests' own loops: it makes a router ten times slower."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("BATON_")}
     kept.pop("PYTHONASYNCIODEBUG", None)
     return kept
