@@ -47,9 +47,16 @@ def place(url: str) -> str:
 
 
 def connect_options(config: NatsConfig) -> dict[str, Any]:
-    """nats-py's arguments. Raises OSError or ValueError for files that do not load."""
-    if not config.urls or any(url.startswith(("ws://", "wss://")) for url in config.urls):
-        raise ValueError("urls must be nats:// or tls://, and at least one")
+    """nats-py's arguments. Raises OSError or ValueError for URLs that cannot be any and files that
+    do not load."""
+    if not config.urls:
+        raise ValueError("at least one URL is needed")
+    for url in config.urls:
+        _check_url(url)
+    for path in (config.tls_ca, config.tls_cert, config.tls_key, config.creds_file):
+        if path:  # ssl's own errors do not name the file
+            with open(path, "rb"):
+                pass
     options: dict[str, Any] = {
         "servers": list(config.urls),
         "name": config.name,
@@ -76,6 +83,18 @@ def connect_options(config: NatsConfig) -> dict[str, Any]:
         options["tls_handshake_first"] = config.tls_handshake_first
         options["tls_hostname"] = config.tls_hostname or None
     return options
+
+
+def _check_url(url: str) -> None:
+    """Raises ValueError for what would be looked for in vain for ever."""
+    parts = urlsplit(url if "://" in url else f"nats://{url}")
+    try:
+        is_good = parts.scheme in ("nats", "tls") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # the port is no number
+        is_good = False
+    if not is_good:
+        shown = f"{parts.scheme}://{place(url)}"
+        raise ValueError(f"{shown!r} is not nats://host:port or tls://host:port")
 
 
 def from_settings(settings: ProcessSettings, name: str) -> NatsConfig:

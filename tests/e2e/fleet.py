@@ -123,8 +123,12 @@ class Fleet:
         already."""
         extra = [process for process, _ in self._extra.values()]
         for process in extra:
+            if process.role not in SERVERS and is_alive(process.pid):
+                _signal(process.pid, signal.SIGCONT)
+                _signal(process.pid, signal.SIGTERM)
+        for process in extra:
             if process.role not in SERVERS:
-                self.stop_extra(process.name)
+                self.wait_extra(process.name)
         self._stop_up()
         for process in extra:
             if process.role in SERVERS:
@@ -230,10 +234,15 @@ class Fleet:
 
     def stop_extra(self, name: str, *, timeout_s: float = STOP_S) -> int:
         """End what `add_router` or `add_worker` started; its exit code, negative for a signal."""
-        _, started = self._extra.pop(name)
+        started = self._extra[name][1]
         if started.poll() is None:
             _signal(started.pid, signal.SIGCONT)
             started.terminate()
+        return self.wait_extra(name, timeout_s=timeout_s)
+
+    def wait_extra(self, name: str, *, timeout_s: float = STOP_S) -> int:
+        """The same for what has been told to end."""
+        _, started = self._extra.pop(name)
         try:
             return started.wait(timeout_s)
         except subprocess.TimeoutExpired:
@@ -396,7 +405,8 @@ class Fleet:
 
 
 def environment() -> dict[str, str]:
-    """For a started process. Debug mode of asyncio is for the tests' own loops: it makes a router ten times slower."""
+    """For a started process. Debug mode of asyncio is for the tests' own loops: it makes a router
+    ten times slower."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("BATON_")}
     kept.pop("PYTHONASYNCIODEBUG", None)
     return kept

@@ -12,7 +12,6 @@ from tests.e2e.fleet import Fleet
 from tests.e2e.streams import (
     asks,
     check_exact,
-    completion,
     start_streams,
     until_ended,
     until_flowing,
@@ -24,11 +23,11 @@ LEASE_S = 3.0
 SETTINGS = (
     "worker.sim_step_ms=20",
     f"worker.lease_ms={LEASE_S * 1000:.0f}",
-    "worker.kv_transfer_timeout_ms=4000",
+    "worker.kv_transfer_timeout_ms=2000",
     "worker.sim_prefill_tokens_per_s=4000",
     "worker.max_step_tokens=256",
-    "worker.sim_transfer_bytes_per_s=400000",
-    "router.kv_transfer_timeout_ms=5000",
+    "worker.sim_transfer_bytes_per_s=200000",
+    "router.kv_transfer_timeout_ms=3000",
     "router.stall_timeout_ms=4000",
 )
 EVERYBODY = {"nats", "etcd", "router", "prefill-0", "prefill-1", "decode-0", "decode-1"}
@@ -38,8 +37,10 @@ MARGIN_S = 2.0
 
 @pytest.fixture(scope="module")
 def faulty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    """Two and two; every test leaves it whole."""
-    with Fleet(tmp_path_factory.mktemp("faulty"), prefill=2, decode=2, settings=SETTINGS) as fleet:
+    """Two and two; every test leaves it whole. Over tcp, where a source that is gone shows."""
+    folder = tmp_path_factory.mktemp("faulty")
+    flags = ["--transfer=tcp"]
+    with Fleet(folder, prefill=2, decode=2, settings=SETTINGS, flags=flags) as fleet:
         yield fleet
 
 
@@ -52,8 +53,20 @@ def until_clean(fleet: Fleet) -> None:
             assert load["free_blocks"] == load["num_blocks"], worker
 
 
+def lose(fleet: Fleet, name: str, number: signal.Signals) -> None:
+    """SIGKILL or SIGSTOP, for good."""
+    if number == signal.SIGKILL:
+        fleet.kill(name)
+    else:
+        os.kill(fleet.process(name).pid, number)
+
+
 def heal(fleet: Fleet, name: str) -> None:
-    """A new process under the old name takes over at once, not when the old lease ends."""
+    """Nobody else is gone, and a new process under the old name takes over at once, not when the
+    old lease ends."""
+    if name in fleet.alive():  # frozen
+        fleet.kill(name)
+    assert fleet.alive() == EVERYBODY - {name}
     dead = fleet.worker(name).get("incarnation", "")
     began = time.monotonic()
     fleet.restart(name)
@@ -66,35 +79,23 @@ def notes(fleet: Fleet, kind: str) -> float:
     return fleet.metric("baton_events_total", kind=kind)
 
 
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 @pytest.mark.parametrize("victim", ["decode-0", "prefill-0"])
-def test_a_killed_worker_costs_no_stream(faulty: Fleet, victim: str) -> None:
+def test_a_worker_that_is_killed_or_frozen_for_good_costs_no_stream(
+    faulty: Fleet, victim: str, number: signal.Signals
+) -> None:
     resumed = notes(faulty, "resume")
-    running = start_streams(faulty, asks(8, 150, kind=f"kill {victim}"))
+    running = start_streams(faulty, asks(8, 150, kind=f"{number} {victim}"))
     until_flowing(running)
-    faulty.kill(victim)
+    lose(faulty, victim, number)
     during = start_streams(faulty, asks(8, 30, kind="during"))
     check_exact(during)
     check_exact(running)
-    assert faulty.alive() == EVERYBODY - {victim}
     until_clean(faulty)
+    assert not faulty.worker(victim).get("eligible")
     if victim == "decode-0":
         assert notes(faulty, "resume") > resumed
     assert max(stream.worst_gap for stream in running) < 5.0
-    heal(faulty, victim)
-
-
-@pytest.mark.parametrize("victim", ["decode-0", "prefill-0"])
-def test_a_worker_frozen_for_good_costs_no_stream(faulty: Fleet, victim: str) -> None:
-    running = start_streams(faulty, asks(8, 150, kind=f"stop {victim}"))
-    until_flowing(running)
-    os.kill(faulty.process(victim).pid, signal.SIGSTOP)
-    during = start_streams(faulty, asks(8, 30, kind="during"))
-    check_exact(during)
-    check_exact(running)
-    assert faulty.alive() == EVERYBODY
-    until_clean(faulty)
-    assert not faulty.worker(victim).get("eligible")
-    faulty.kill(victim)
     heal(faulty, victim)
 
 
@@ -124,36 +125,35 @@ def test_a_prefill_worker_is_lost_in_the_middle_of_a_long_prefill(
     faulty: Fleet, number: signal.Signals
 ) -> None:
     """Nobody has seen a token yet: another prefills it, and the client sees nothing but time."""
-    # 2 s of prefill each, so both prefill workers have one.
-    running = start_streams(faulty, asks(2, 20, kind=f"long {number}", prompt=8_000))
+    # 1.5 s of prefill each, so both prefill workers have one.
+    running = start_streams(faulty, asks(2, 20, kind=f"long {number}", prompt=6_000))
     faulty.until(
         lambda: all(load(faulty, name)["running"] for name in ("prefill-0", "prefill-1")),
         what="prefills on both workers",
     )
-    if number == signal.SIGKILL:
-        faulty.kill("prefill-0")
-    else:
-        os.kill(faulty.process("prefill-0").pid, number)
+    lose(faulty, "prefill-0", number)
     assert not any(stream.text for stream in running), "the prefill was too short"
     check_exact(running)
     until_clean(faulty)
-    if number == signal.SIGSTOP:
-        faulty.kill("prefill-0")
     heal(faulty, "prefill-0")
 
 
-@pytest.mark.parametrize("victim", ["prefill", "decode"])
-def test_either_end_of_a_transfer_dies_during_it(faulty: Fleet, victim: str) -> None:
-    """512 kB at 400 kB/s: the pull lasts more than a second."""
+@pytest.mark.parametrize(
+    ("victim", "number"),
+    [("prefill", signal.SIGKILL), ("prefill", signal.SIGSTOP), ("decode", signal.SIGKILL)],
+)
+def test_either_end_of_a_transfer_is_lost_during_it(
+    faulty: Fleet, victim: str, number: signal.Signals
+) -> None:
+    """256 kB at 200 kB/s: the pull lasts more than a second."""
     pulls = faulty.metric("baton_kv_transfers_total")
-    ask = asks(1, 40, kind=f"pull {victim}", prompt=8_000)
+    ask = asks(1, 40, kind=f"pull {victim} {number}", prompt=4_000)
     running = start_streams(faulty, ask)
     faulty.until(lambda: running[0].text, what="the first token, which comes from the prefill")
     name = next(n for n in sorted(EVERYBODY) if victim in n and faulty.worker(n)["reservations"])
     assert faulty.metric("baton_kv_transfers_total") == pulls, "the pull was too short"
-    faulty.kill(name)
+    lose(faulty, name, number)
     check_exact(running)
-    assert faulty.alive() == EVERYBODY - {name}
     until_clean(faulty)
     heal(faulty, name)
 

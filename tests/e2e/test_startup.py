@@ -61,7 +61,7 @@ Run = Callable[..., Running]
 
 @pytest.fixture
 def run(tmp_path: Path) -> Iterator[Run]:
-    """Starts processes; all that still run are ended afterwards, the last one first."""
+    """Starts processes; all that still run are ended afterwards, in the same order."""
     started: list[Running] = []
 
     def start(name: str, command: Sequence[str]) -> Running:
@@ -69,7 +69,7 @@ def run(tmp_path: Path) -> Iterator[Run]:
         return started[-1]
 
     yield start
-    for process in reversed(started):
+    for process in started:
         process.end()
 
 
@@ -111,11 +111,7 @@ def complaint(arguments: Sequence[str]) -> str:
     ("command", "text", "expected"),
     [
         (ROUTER, "prot: 8001\n", "unknown key `prot`; did you mean `port`?"),
-        (ROUTER, "port: http\n", "port"),
-        (ROUTER, "- port\n", "must be a mapping"),
-        (ROUTER, "port: [\n", "is not YAML"),
         (SIMULATED, "lease: 3\n", "unknown key `lease`; did you mean `lease_ms`?"),
-        (SIMULATED, "role: decoder\n", "role"),
     ],
 )
 def test_a_config_file_with_a_mistake(
@@ -131,16 +127,10 @@ def test_a_config_file_with_a_mistake(
     ("arguments", "expected"),
     [
         ((*SIMULATED, "--transfer=nixl"), "nixl is not in this version"),
-        ((*SIMULATED, "--transfer=ucx"), "ucx is not in this version"),
-        ((*SIMULATED, "--nats=http://127.0.0.1:4222"), "nats"),
-        ((*SIMULATED, "--nats=nats://"), "nats"),
-        ((*SIMULATED, "--nats=nats://127.0.0.1:port"), "nats"),
-        ((*SIMULATED, "--etcd=ftp://127.0.0.1"), "etcd"),
-        ((*SIMULATED, "--block-size=0"), "block_size must be at least 1"),
-        ((*SIMULATED, "--name=with.dots"), "name"),
+        ((*SIMULATED, "--nats=http://127.0.0.1:4222"), "'http://127.0.0.1:4222' is not nats://"),
         ((*SIMULATED, "--nats-ca=/no/such/file"), "/no/such/file"),
-        ((*ROUTER, "--nats=http://127.0.0.1:4222"), "nats"),
-        ((*ROUTER, "--etcd=ftp://127.0.0.1"), "etcd"),
+        ((*SIMULATED, "--etcd=ftp://127.0.0.1"), "'ftp://127.0.0.1'"),
+        ((*ROUTER, "--nats=nats://127.0.0.1:port"), "'nats://127.0.0.1:port' is not nats://"),
         (("up", "--engine=simulated", "--model=/no/such/folder"), "/no/such/folder"),
         (("up", "--decode=0"), "at least one worker that decodes"),
     ],
