@@ -109,6 +109,8 @@ class Follower:
                 reason, denied = repr(error), False
             else:
                 continue
+            if self.closed:
+                return  # an error that came with the cancellation has swallowed it
             self._enter(Stale(reason))
             failures = 1 if self._now() - began > self._pace.probe_s else failures + 1
             pause_s = delay_s(failures, jitter=self._jitter(), longest_s=LONGEST_BACKOFF_S)

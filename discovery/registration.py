@@ -138,6 +138,8 @@ class KeptRegistration:
         command = self._keeper.start(self._loop.time())
         while not isinstance(command, Refuse):
             event = await self._perform_safely(command)
+            if self.closed:
+                return  # an error that came with the cancellation has swallowed it
             command = self._keeper.handle(event, self._loop.time())
             self._tell()
         if not self._first.done():

@@ -141,7 +141,7 @@ async def test_a_twin_is_refused_and_a_dead_ones_name_is_free_at_once(servers: S
         assert no_traceback(third)
 
 
-@pytest.mark.parametrize("wrong", ["kv", "metrics", "model"])
+@pytest.mark.parametrize("wrong", ["kv", "metrics", "ttl"])
 async def test_a_worker_that_cannot_start_says_why_in_one_line(
     servers: Servers, wrong: str
 ) -> None:
@@ -151,7 +151,7 @@ async def test_a_worker_that_cannot_start_says_why_in_one_line(
         flags = {
             "kv": "--sim-kv-bytes-per-token=8",
             "metrics": f"--metrics-port={taken.getsockname()[1]}",
-            "model": "--etcd-ttl-ms=10",
+            "ttl": "--etcd-ttl-ms=10",
         }
         async with baton(*worker(servers, "wrong", "w", flags[wrong])) as process:
             assert await process.exit() == 2
@@ -162,12 +162,12 @@ async def test_a_worker_that_cannot_start_says_why_in_one_line(
 # -- leaving
 
 
-async def test_a_router_drains_and_a_second_signal_ends_it_now(servers: Servers) -> None:
+async def test_a_draining_router_lets_its_streams_finish(servers: Servers) -> None:
     async with fleet(servers, "drain") as running:
         async with running.stream(40) as stream:
             await stream.next()
             running.router.terminate()
-            await running.router.says("draining")
+            await running.router.says("draining requests=1")
             await stream.rest()
             assert (stream.finish, stream.error, stream.num_chunks) == ("length", "", 40)
         assert await running.router.exit() == 0
@@ -179,45 +179,46 @@ async def test_a_second_signal_tells_the_clients_and_leaves(servers: Servers) ->
         async with running.stream(5000) as stream:
             await stream.next()
             running.router.terminate()
-            await running.router.says("draining")
+            await running.router.says("draining requests=1")
             running.router.terminate()
             await stream.rest()
             assert stream.error == "shutting_down"
         assert await running.router.exit(within_s=5.0) == 0
         assert no_traceback(running.router)
         (process,) = running.workers
-        await process.says("router left")
         process.terminate()
         assert await process.exit(within_s=5.0) == 0
         assert no_traceback(process)
 
 
-async def test_a_worker_told_to_leave_now_hands_its_streams_over(servers: Servers) -> None:
-    """First signal: it finishes. Second: what it has not finished goes on elsewhere."""
-    async with fleet(servers, "leave", workers=2) as running, running.stream(150) as stream:
+async def test_a_draining_worker_finishes_its_streams(servers: Servers) -> None:
+    """Both drain: who has nothing to do leaves at once, the other one when it is done."""
+    async with fleet(servers, "leave", workers=2) as running, running.stream(100) as stream:
         await stream.next()
         for process in running.workers:
             process.terminate()
-            await process.says("draining")
+            await process.says("draining worker")
         ended = [asyncio.create_task(process.exit()) for process in running.workers]
         done, pending = await asyncio.wait(ended, return_when=asyncio.FIRST_COMPLETED)
         assert [task.result() for task in done] == [0]
         await stream.rest()
-        assert (stream.finish, stream.error, stream.num_chunks) == ("length", "", 150)
+        assert (stream.finish, stream.error, stream.num_chunks) == ("length", "", 100)
         assert [await task for task in pending] == [0]
 
 
-async def test_a_worker_that_is_killed_softly_is_resumed_at_once(servers: Servers) -> None:
-    async with fleet(servers, "soft", workers=2) as running, running.stream(150) as stream:
+async def test_what_a_worker_told_twice_leaves_goes_on_elsewhere(
+    servers: Servers,
+) -> None:
+    async with fleet(servers, "soft", workers=2) as running, running.stream(100) as stream:
         await stream.next()
         busy = await _busy(running)
         for _ in range(2):
             busy.terminate()
-            await busy.says("draining")
+            await busy.says("draining worker")
         assert await busy.exit(within_s=5.0) == 0
         assert no_traceback(busy)
         await stream.rest()
-        assert (stream.finish, stream.error, stream.num_chunks) == ("length", "", 150)
+        assert (stream.finish, stream.error, stream.num_chunks) == ("length", "", 100)
         assert "cause=aborted" in await running.router.says("resume ")
 
 

@@ -295,20 +295,23 @@ class Fleet:
             if sample == name and wanted <= has
         )
 
-    def is_idle(self, port: int | None = None) -> bool:
-        """Nothing runs, and nothing is left of what ran: neither in the router's books nor in what
-        the workers report."""
+    def remains(self, port: int | None = None) -> dict[str, Any]:
+        """What is left of work, in the router's books and in what the living workers report; empty
+        when nothing is."""
         info = self.cluster_info(port)
-        loads = [worker["load"] for worker in info["workers"] if worker["live"]]
-        return (
-            info["inflight"] == info["queued"] == 0
-            and not any(worker["reservations"] for worker in info["workers"])
-            and not any(
-                load["running"] + load["waiting"] + load["lent_blocks"] + load["quarantined_blocks"]
-                for load in loads
-                if load is not None
-            )
-        )
+        left = {name: info[name] for name in ("inflight", "queued") if info[name]}
+        for worker in info["workers"]:
+            load = worker["load"] if worker["live"] and worker["load"] is not None else {}
+            counts = {"reservations": worker["reservations"]} | {
+                name: load.get(name, 0)
+                for name in ("running", "waiting", "lent_blocks", "quarantined_blocks")
+            }
+            if any(counts.values()):
+                left[worker["worker_id"]] = counts
+        return left
+
+    def is_idle(self, port: int | None = None) -> bool:
+        return not self.remains(port)
 
     def until(self, condition: Callable[[], T], *, what: str, timeout_s: float = 15.0) -> T:
         """Ask until the answer is true; other processes cannot wake us."""
@@ -321,7 +324,10 @@ class Fleet:
             time.sleep(POLL_S)
 
     def until_idle(self, *, timeout_s: float = 5.0) -> None:
-        self.until(self.is_idle, what="an idle fleet", timeout_s=timeout_s)
+        until = time.monotonic() + timeout_s
+        while left := self.remains():
+            assert time.monotonic() < until, f"left after {timeout_s} s: {left}"
+            time.sleep(POLL_S)
 
     def dump_logs(self) -> str:
         """The ends of all logs."""

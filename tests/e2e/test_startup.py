@@ -268,7 +268,5 @@ def test_a_child_that_cannot_start_is_reported_in_one_line(run: Run, tmp_path: P
     process = run("up", up(tmp_path, "--set=decode.block_size=0"))
     assert process.process.wait(READY_S) == 2
     said = process.log.read_text().splitlines()
-    assert said[-1] == (
-        "baton: decode-0 ended at start: baton: block_size must be at least 1"
-    )
+    assert said[-1] == ("baton: decode-0 ended at start: baton: block_size must be at least 1")
     assert not any(is_alive(pid) for pid in listed(tmp_path).values())

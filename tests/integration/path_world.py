@@ -135,6 +135,8 @@ class PathWorld:
         self.server = MemoryServer()
         self.routers: list[RouterSide] = []
         self.workers: list[WorkerSide] = []
+        self.exits: list[int] = []
+        """Codes with which workers would have ended their processes."""
         self._stack = stack
         self._numbers = count(1)
 
@@ -234,6 +236,7 @@ class PathWorld:
             linger_s=60.0,
             router_timeout_s=15.0,
             clock=loop.time,
+            end_process=self.exits.append,
         )
         made = await engine.start(service)
         self._stack.push_async_callback(engine.stop)
@@ -326,3 +329,4 @@ async def path(
             await world.add_worker("both", f"b{number}")
         await world.live()
         yield world
+        assert world.exits == []

@@ -245,8 +245,7 @@ class Puller:
                 case PostWord(pull_id=pull_id, scratch_slot=slot):
                     self._post_word(pull_id, self._pulls[pull_id], slot)
                 case Quarantine(pull_id=pull_id, blocks=blocks):
-                    self._pulls[pull_id].quarantined = True
-                    self._pool.quarantine(blocks)
+                    self._quarantine(self._pulls[pull_id], blocks)
                 case FreeBlocks(pull_id=pull_id, blocks=blocks):
                     self._free(self._pulls.pop(pull_id), blocks)
                 case Ready(pull_id=pull_id):
@@ -273,6 +272,13 @@ class Puller:
             pulling.transfer.read_word(pulling.spec, slot, on_end)
         except Exception as error:  # noqa: BLE001  as above
             on_end(TransferEnd(ok=False, reason=f"refused: {error}"))
+
+    def _quarantine(self, pulling: _Pulling, blocks: Sequence[int]) -> None:
+        """Nobody wants the bytes any more: the transport may stop sooner than its source does."""
+        pulling.quarantined = True
+        self._pool.quarantine(blocks)
+        if pulling.ticket is not None:
+            pulling.ticket.abort()
 
     def _free(self, pulling: _Pulling, blocks: Sequence[int]) -> None:
         if pulling.quarantined:

@@ -15,7 +15,8 @@ def test_good_urls(url: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["http://h:4222", "ws://h:4222", "nats://", "nats://:4222", "nats://h:port", "nats://h:0"]
+    "url",
+    ["http://h:4222", "ws://h:4222", "nats://", "nats://:4222", "nats://h:port", "nats://h:0"],
 )
 def test_urls_that_name_no_nats_server(url: str) -> None:
     with pytest.raises(ValueError, match="is not nats://host:port or tls://host:port"):

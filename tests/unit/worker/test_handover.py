@@ -1,14 +1,16 @@
 """Hand-offs that are given up, are late, or go wrong: nothing is lost and nothing wrong is used."""
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import msgspec
 import pytest
 
-from protocol.handoff import KvHandle
+from protocol.handoff import KvHandle, TcpOffer
 from tests.unit.worker.engine_world import (
     GREEDY,
     PATIENCE_S,
@@ -211,6 +213,30 @@ async def test_crashed_step_fences_the_running_pulls() -> None:
         pair.p.stepper.release([handle_of(result).handle_id])
         await pair.turns()
         assert pair.d.is_clean()
+
+
+async def test_giving_up_on_a_frozen_source_gives_the_blocks_back_at_once() -> None:
+    """It holds the connection and sends nothing; closing our end is what ends the pull."""
+    with socket.create_server(("127.0.0.1", 0)) as frozen:
+        tcp = TcpTransfer(host="127.0.0.1")
+        async with running(worker="p") as p, running(transfers=[tcp], worker="d") as d:
+            lent = p.prefill(prompt_of(14))
+            result = (await p.over(lent)).prefilled
+            assert result is not None
+            handle = handle_of(result)
+            offer = TcpOffer("127.0.0.1", frozen.getsockname()[1])
+            ranks = [msgspec.structs.replace(handle.ranks[0], offers=[offer])]
+            key = d.decode(
+                prompt_of(14),
+                handle=msgspec.structs.replace(handle, ranks=ranks),
+                output_ids=first_ids(result),
+            )
+            connection, _ = await asyncio.to_thread(frozen.accept)
+            with connection:
+                d.stepper.cancel(key)
+                await d.idle()
+                await d.recorder.until(d.is_clean)
+            p.stepper.cancel(lent)
 
 
 async def test_dead_source_fails_the_pull() -> None:
