@@ -46,7 +46,7 @@ up: $(ENV_$(ENGINE))
 		--transfer $(TRANSFER) --state-dir $(STATE)
 
 test: $(VENV)/.dev
-	PYTHONASYNCIODEBUG=1 $(BIN)/python -m pytest -n 2 --dist loadgroup $(TESTS)
+	PYTHONASYNCIODEBUG=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -4,17 +4,19 @@ What a client gets is what an undisturbed run gives, and when all is over nothin
 """
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
 from protocol.codec import decode_jobs, encode
 from protocol.jobs import Decode, JobEnvelope
 from protocol.sampling import Sampling
-from tests.integration.path_world import PATIENCE_S, SMALL, Client, PathWorld, path
+from tests.integration.path_world import PATIENCE_S, SMALL, Client, PathWorld, WorkerSide, path
 from tests.unit.worker.engine_world import HeldTransfer
 from worker.engine.simulated import expected_tokens
 
 PROMPT = [(7 * index) % 250 for index in range(21)]
+SLOW = replace(SMALL, step_s=0.003)
 GREEDY = Sampling(24, 0.0)
 SEEDED = Sampling(24, 0.9, seed=11)
 OUT = "baton.test.out.router.*"
@@ -78,19 +80,13 @@ async def test_lost_answers_are_asked_for_again(lost: int) -> None:
 
 
 async def test_a_lost_tail_shows_in_the_load_reports() -> None:
-    """The last frames are lost: nothing follows them that could show the gap."""
+    """All that the decode worker says is lost: nothing follows it that could show the gap."""
     async with path() as world:
-        runner = world.by_role("decode")[0].runner
-        client = world.submit(PROMPT, GREEDY)
-        await client.until(lambda: len(client.ids) >= 2)
-        runner.shut()
-        await runner.entered.wait()
-        await world.router.bus.flush(timeout_s=PATIENCE_S)
+        client = await _waiting_for_decode(world, GREEDY)
+        worker = world.by_role("decode")[0]
         world.hub.drop_next(1000, OUT)
-        runner.open()
-        async with asyncio.timeout(PATIENCE_S):
-            await world.by_role("decode")[0].engine.drain()
-        await world.by_role("decode")[0].bus.flush(timeout_s=PATIENCE_S)
+        await _run_dry(worker)
+        await worker.bus.flush(timeout_s=PATIENCE_S)
         world.hub._drops.clear()
         assert not client.over
         await client.end()
@@ -119,19 +115,13 @@ async def test_lost_jobs_are_sent_elsewhere_or_again(worker: str) -> None:
 
 async def test_an_outage_of_the_bus_is_a_hiccup() -> None:
     async with path() as world:
-        runner = world.by_role("decode")[0].runner
-        client = world.submit(PROMPT, SEEDED)
-        await client.until(lambda: len(client.ids) >= 3)
-        runner.shut()
-        await runner.entered.wait()
+        client = await _waiting_for_decode(world, SEEDED)
         world.hub.down()
-        runner.open()
-        async with asyncio.timeout(PATIENCE_S):
-            await world.by_role("decode")[0].engine.drain()
+        await _run_dry(world.by_role("decode")[0])
         world.hub.up()
         await client.end()
         assert client.ids == expected(PROMPT, SEEDED)
-        assert world.router.events("resume") == 0
+        assert world.router.events("resume") == world.router.events("retry") == 0
         await world.clean()
 
 
@@ -225,7 +215,7 @@ async def test_cancel_during_the_pull() -> None:
 
 
 async def test_cancel_while_it_decodes() -> None:
-    async with path() as world:
+    async with path(config=SLOW) as world:
         client = world.submit(PROMPT, Sampling(2000, 0.0))
         await client.until(lambda: len(client.ids) > 5)
         world.router.dispatch.cancel(client.spec.choice)
@@ -236,7 +226,7 @@ async def test_cancel_while_it_decodes() -> None:
 
 
 async def test_a_lost_cancel_is_said_again_to_whoever_still_talks() -> None:
-    async with path() as world:
+    async with path(config=SLOW) as world:
         client = world.submit(PROMPT, Sampling(100_000, 0.0, ignore_eos=True))
         await client.until(lambda: len(client.ids) > 2)
         world.hub.drop_next(1, "baton.test.jobs.d0.>")
@@ -250,7 +240,7 @@ async def test_a_lost_cancel_is_said_again_to_whoever_still_talks() -> None:
 
 async def test_a_router_that_restarts_under_its_name_starts_afresh() -> None:
     """The old one's jobs end with it; the new one's attempts have the same numbers."""
-    async with path() as world:
+    async with path(config=SLOW) as world:
         first = world.router
         old = world.submit(PROMPT, Sampling(100_000, 0.0, ignore_eos=True))
         await old.until(lambda: len(old.ids) > 2)
@@ -281,7 +271,7 @@ async def test_a_sink_that_raises_harms_no_other_stream(caplog: pytest.LogCaptur
 
 
 async def test_a_worker_that_leaves_at_once_hands_its_streams_over() -> None:
-    async with path(decode=2) as world:
+    async with path(decode=2, config=SLOW) as world:
         client = world.submit(PROMPT, Sampling(400, 0.8, seed=3, ignore_eos=True))
         await client.until(lambda: len(client.ids) > 5)
         busy = next(w for w in world.by_role("decode") if w.engine.load().running)
@@ -290,6 +280,24 @@ async def test_a_worker_that_leaves_at_once_hands_its_streams_over() -> None:
         assert client.ids == expected(PROMPT, Sampling(400, 0.8, seed=3, ignore_eos=True))
         assert world.router.events("resume") == 1
         await world.clean()
+
+
+async def _waiting_for_decode(world: PathWorld, sampling: Sampling) -> Client:
+    """The first token is here, and the decode worker stands before its first step."""
+    runner = world.by_role("decode")[0].runner
+    runner.shut()
+    client = world.submit(PROMPT, sampling)
+    async with asyncio.timeout(PATIENCE_S):
+        await runner.entered.wait()
+    await world.router.bus.flush(timeout_s=PATIENCE_S)
+    assert len(client.ids) == 1
+    return client
+
+
+async def _run_dry(worker: WorkerSide) -> None:
+    worker.runner.open()
+    async with asyncio.timeout(PATIENCE_S):
+        await worker.engine.drain()
 
 
 async def _let_go(transfer: HeldTransfer, client: Client) -> None:

@@ -386,7 +386,21 @@ class Fleet:
     def restart(self, name: str) -> Process:
         """What was ended, with the same command line; does not wait until it serves."""
         old = self.process(name)
-        return self._start(name, old.role, self._killed[name], old.port)
+        return self._start(name, old.role, self._killed.pop(name), old.port)
+
+    def mend(self, *names: str) -> None:
+        """Those that a test has killed, ended, or left frozen are there again, as new processes;
+        one that went by itself is not."""
+        dead = {name: self.worker(name).get("incarnation", "") for name in names}
+        for name in names:
+            if is_frozen(self.process(name).pid):
+                self.kill(name)
+        dead = {name: dead[name] for name in names if not is_alive(self.process(name).pid)}
+        lost = [name for name in dead if name in self._killed]
+        for name in lost:
+            self.restart(name)
+        for name in lost:
+            self.until_back(name, dead[name])
 
     def until_back(self, name: str, incarnation: str = "", *, timeout_s: float = 15.0) -> None:
         """Until the router gives that worker work, under another than this incarnation."""
@@ -424,11 +438,20 @@ def command_line(pid: int) -> list[str]:
 
 def is_alive(pid: int) -> bool:
     """A process of that number exists and is no zombie."""
+    return _state(pid) not in ("", "Z")
+
+
+def is_frozen(pid: int) -> bool:
+    return _state(pid) == "T"
+
+
+def _state(pid: int) -> str:
+    """The kernel's letter for it; empty if there is none."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
-        return False
-    return stat.rpartition(")")[2].split()[0] != "Z"
+        return ""
+    return stat.rpartition(")")[2].split()[0]
 
 
 def _signal(pid: int, number: int) -> None:

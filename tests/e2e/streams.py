@@ -156,10 +156,10 @@ def start_streams(fleet: Fleet, wanted: Sequence[Ask], *, port: int = 0) -> list
     return [Stream(fleet, ask, port=port) for ask in wanted]
 
 
-def until_flowing(streams: Sequence[Stream], timeout_s: float = 10.0) -> None:
+def until_flowing(streams: Sequence[Stream]) -> None:
     """Until every stream has some tokens, and none has all."""
     for stream in streams:
-        assert stream.flowing.wait(timeout_s), "no tokens"
+        assert stream.flowing.wait(10.0), "no tokens"
     over = [stream.problem() for stream in streams if not stream.is_alive()]
     assert not over, f"too short to be broken: {over}"
 

@@ -30,18 +30,32 @@ SETTINGS = (
     "router.kv_transfer_timeout_ms=3000",
     "router.stall_timeout_ms=4000",
 )
-EVERYBODY = {"nats", "etcd", "router", "prefill-0", "prefill-1", "decode-0", "decode-1"}
+WORKERS = {"prefill-0", "prefill-1", "decode-0", "decode-1"}
+EVERYBODY = {"nats", "etcd", "router"} | WORKERS
+HEAL_S = 6.0
+"""Less than the lease of a dead worker's key."""
 MARGIN_S = 2.0
 """Reports come twice a second."""
 
 
 @pytest.fixture(scope="module")
-def faulty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    """Two and two; every test leaves it whole. Over tcp, where a source that is gone shows."""
+def two_and_two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    """Over tcp, where a source that is gone shows."""
     folder = tmp_path_factory.mktemp("faulty")
     flags = ["--transfer=tcp"]
     with Fleet(folder, prefill=2, decode=2, settings=SETTINGS, flags=flags) as fleet:
         yield fleet
+
+
+@pytest.fixture
+def faulty(two_and_two: Fleet) -> Iterator[Fleet]:
+    """What was lost is mended at once, as a successor under the old name does not wait for the old
+    lease to end; and nothing else is gone."""
+    yield two_and_two
+    began = time.monotonic()
+    two_and_two.mend(*WORKERS)
+    assert time.monotonic() - began < HEAL_S
+    assert two_and_two.alive() == EVERYBODY
 
 
 def until_clean(fleet: Fleet) -> None:
@@ -54,25 +68,12 @@ def until_clean(fleet: Fleet) -> None:
 
 
 def lose(fleet: Fleet, name: str, number: signal.Signals) -> None:
-    """SIGKILL or SIGSTOP, for good."""
+    """SIGKILL or SIGSTOP, for good; nobody else shall go."""
+    assert fleet.alive() == EVERYBODY
     if number == signal.SIGKILL:
         fleet.kill(name)
     else:
         os.kill(fleet.process(name).pid, number)
-
-
-def heal(fleet: Fleet, name: str) -> None:
-    """Nobody else is gone, and a new process under the old name takes over at once, not when the
-    old lease ends."""
-    if name in fleet.alive():  # frozen
-        fleet.kill(name)
-    assert fleet.alive() == EVERYBODY - {name}
-    dead = fleet.worker(name).get("incarnation", "")
-    began = time.monotonic()
-    fleet.restart(name)
-    fleet.until_back(name, dead, timeout_s=6.0)
-    assert time.monotonic() - began < 6.0
-    assert fleet.alive() == EVERYBODY
 
 
 def notes(fleet: Fleet, kind: str) -> float:
@@ -96,7 +97,6 @@ def test_a_worker_that_is_killed_or_frozen_for_good_costs_no_stream(
     if victim == "decode-0":
         assert notes(faulty, "resume") > resumed
     assert max(stream.worst_gap for stream in running) < 5.0
-    heal(faulty, victim)
 
 
 @pytest.mark.parametrize("victim", ["decode-0", "prefill-0"])
@@ -135,7 +135,6 @@ def test_a_prefill_worker_is_lost_in_the_middle_of_a_long_prefill(
     assert not any(stream.text for stream in running), "the prefill was too short"
     check_exact(running)
     until_clean(faulty)
-    heal(faulty, "prefill-0")
 
 
 @pytest.mark.parametrize(
@@ -155,7 +154,6 @@ def test_either_end_of_a_transfer_is_lost_during_it(
     lose(faulty, name, number)
     check_exact(running)
     until_clean(faulty)
-    heal(faulty, name)
 
 
 def load(fleet: Fleet, name: str) -> dict[str, int]:
@@ -177,11 +175,6 @@ def test_the_only_prefill_worker_dies(faulty: Fleet) -> None:
     check_exact(start_streams(faulty, asks(8, 20, kind="local prefill")))
     assert notes(faulty, "local_prefill") >= before + 8
     until_clean(faulty)
-    for name in ("prefill-0", "prefill-1"):
-        dead = faulty.worker(name).get("incarnation", "")
-        faulty.restart(name)
-        faulty.until_back(name, dead)
-    check_exact(start_streams(faulty, asks(4, 20, kind="after")))
 
 
 def prefills(fleet: Fleet) -> list[str]:
@@ -197,15 +190,7 @@ def test_the_only_decode_worker_dies_and_comes_back(faulty: Fleet) -> None:
     faulty.kill("decode-0")
     faulty.until(lambda: "decode-0" not in faulty.eligible(), what="decode-0 to be missed")
     waiting = start_streams(faulty, asks(4, 20, kind="wait for decode"))
-    heal_all(faulty, "decode-0", "decode-1")
+    faulty.mend("decode-0", "decode-1")
     check_exact(running)
     check_exact(waiting)
     until_clean(faulty)
-
-
-def heal_all(fleet: Fleet, *names: str) -> None:
-    dead = {name: fleet.worker(name).get("incarnation", "") for name in names}
-    for name in names:
-        fleet.restart(name)
-    for name in names:
-        fleet.until_back(name, dead[name], timeout_s=6.0)
