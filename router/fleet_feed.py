@@ -74,7 +74,8 @@ class FleetFeed:
                 )
                 self._catalog.unlisted(info.worker_id, info.incarnation)
                 self._dispatch.feed(ev.WorkerUnlisted(info.worker_id, info.incarnation))
-                self._dispatch.inbox.forget_worker(info.worker_id, info.incarnation)
+                if not self._dispatch.scheduler.has_worker(info.worker_id, info.incarnation):
+                    self._dispatch.inbox.forget_worker(info.worker_id, info.incarnation)
 
     def _on_state(self, state: RegistryState) -> None:
         synced = isinstance(state, Synced)

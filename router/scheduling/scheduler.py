@@ -215,6 +215,10 @@ class Scheduler:
         waiting = ("queued", "decode_wait")
         return [choice.id for choice in self._t.choices.values() if choice.state in waiting]
 
+    def has_worker(self, worker: str, incarnation: str) -> bool:
+        """Whether that process still counts, listed or not."""
+        return self._t.fleet.find(worker, incarnation) is not None
+
     def workers(self) -> list[WorkerView]:
         return [
             WorkerView(

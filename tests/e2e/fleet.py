@@ -4,8 +4,8 @@
         requests to fleet.base_url, faults with os.kill(fleet.process("decode-0").pid, ...)
 
 Whatever was started is gone after `stop`, also when a test failed half way. `conftest.py` adds
-`dump_logs()` to the report of a test that failed. Group the tests that share a fleet with
-`pytest.mark.xdist_group`, so that it is started once under `pytest -n 2 --dist loadgroup`.
+`dump_logs()` to the report of a test that failed. Tests that share a fleet are in one file, so
+that it is started once under `pytest -n 2 --dist loadfile`.
 """
 
 import http.client
