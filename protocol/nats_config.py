@@ -28,9 +28,10 @@ class NatsConfig(msgspec.Struct, frozen=True, kw_only=True):
     inbox_prefix: str = "_INBOX"
     """Replies come on `<prefix>.<random>.*`; we also publish there, to flush."""
     connect_timeout_s: float = 2.0
-    ping_interval_s: float = 1.0
+    ping_interval_s: float = 0.5
     max_outstanding_pings: int = 2
-    """A frozen server is left after `ping_interval_s * (max_outstanding_pings + 1)`."""
+    """A frozen server is left after `ping_interval_s * (max_outstanding_pings + 1)`. Sooner than a
+    silent worker is given up, or everybody behind a frozen server would seem dead."""
     reconnect_wait_s: float = 0.2
     pending_bytes: int = 64 << 20
     """Published but not yet given to the socket; beyond it `publish` raises BusOverflow."""

@@ -5,6 +5,7 @@ choice fails. It writes through a `ChunkWriter` and never waits.
 """
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -46,7 +47,7 @@ class Usage:
         return usage(self._prompt, self._completion, sum(self._cached.values()))
 
 
-class JoinedSink:
+class JoinedSink(ABC):
     """What both sinks share: count the open choices, end once, cancel the rest on failure."""
 
     def __init__(
@@ -59,9 +60,9 @@ class JoinedSink:
         self._open = {spec.choice for spec in specs}
         self._cancel = cancel
 
+    @abstractmethod
     def delta(self, choice: Choice, delta: Delta) -> None:
         """New output of one choice."""
-        raise NotImplementedError
 
     def ended(self, choice: Choice, error: ClientError | None) -> None:
         self._open.discard(choice.id)
@@ -87,11 +88,13 @@ class JoinedSink:
         self.cancel_all()
         self._fail(error)
 
+    @abstractmethod
     def _complete(self) -> None:
-        raise NotImplementedError
+        """All choices have ended well."""
 
+    @abstractmethod
     def _fail(self, error: ClientError) -> None:
-        raise NotImplementedError
+        """The request ends with `error`."""
 
 
 class StreamSink(JoinedSink):

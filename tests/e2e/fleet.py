@@ -8,34 +8,28 @@ Whatever was started is gone after `stop`, also when a test failed half way. `co
 that it is started once under `pytest -n 2 --dist loadfile`.
 """
 
-import http.client
 import json
 import os
 import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, TypeVar
-
-from prometheus_client.parser import text_string_to_metric_families
+from typing import Any, Self
 
 from tests.contract.nats_server import free_port
+from tests.e2e.router_view import RouterView
 
 READY_S = 30.0
 STOP_S = 20.0
 TAIL_CHARS = 6_000
-POLL_S = 0.02
 SERVERS = ("nats", "etcd")
 """They leave last: the others say goodbye through them."""
 MODEL = "demo"
 """The name under which `baton up` serves when it is not told another."""
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -49,7 +43,7 @@ class Process:
     log: Path
 
 
-class Fleet:
+class Fleet(RouterView):
     """`baton up`, and further routers and workers beside it.
 
     `settings` are `ROLE.NAME=VALUE` strings as for `baton up --set`, `flags` any further flags.
@@ -248,86 +242,6 @@ class Fleet:
         except subprocess.TimeoutExpired:
             started.kill()
             return started.wait()
-
-    # --- what the router says ---
-
-    def get(self, path: str, port: int | None = None) -> tuple[int, bytes]:
-        """Status and body."""
-        connection = http.client.HTTPConnection("127.0.0.1", port or self.port, timeout=5.0)
-        try:
-            connection.request("GET", path)
-            response = connection.getresponse()
-            return response.status, response.read()
-        finally:
-            connection.close()
-
-    def cluster_info(self, port: int | None = None) -> dict[str, Any]:
-        status, body = self.get("/cluster_info", port)
-        assert status == 200, body
-        info: dict[str, Any] = json.loads(body)
-        return info
-
-    def eligible(self, port: int | None = None) -> list[str]:
-        """Names of the workers that a router gives work to; empty if it does not answer."""
-        try:
-            workers = self.cluster_info(port)["workers"]
-        except OSError:
-            return []
-        return [worker["worker_id"] for worker in workers if worker["eligible"]]
-
-    def metrics(
-        self, port: int | None = None
-    ) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
-        """Sample by name and labels."""
-        _, body = self.get("/metrics", port)
-        return {
-            (sample.name, frozenset(sample.labels.items())): sample.value
-            for family in text_string_to_metric_families(body.decode())
-            for sample in family.samples
-        }
-
-    def metric(self, name: str, port: int | None = None, **labels: str) -> float:
-        """Sum of the samples of that name that have these labels."""
-        wanted = labels.items()
-        return sum(
-            value
-            for (sample, has), value in self.metrics(port).items()
-            if sample == name and wanted <= has
-        )
-
-    def remains(self, port: int | None = None) -> dict[str, Any]:
-        """What is left of work, in the router's books and in what the living workers report; empty
-        when nothing is."""
-        info = self.cluster_info(port)
-        left = {name: info[name] for name in ("inflight", "queued") if info[name]}
-        for worker in info["workers"]:
-            load = worker["load"] if worker["live"] and worker["load"] is not None else {}
-            counts = {"reservations": worker["reservations"]} | {
-                name: load.get(name, 0)
-                for name in ("running", "waiting", "lent_blocks", "quarantined_blocks")
-            }
-            if any(counts.values()):
-                left[worker["worker_id"]] = counts
-        return left
-
-    def is_idle(self, port: int | None = None) -> bool:
-        return not self.remains(port)
-
-    def until(self, condition: Callable[[], T], *, what: str, timeout_s: float = 15.0) -> T:
-        """Ask until the answer is true; other processes cannot wake us."""
-        until = time.monotonic() + timeout_s
-        while True:
-            answer = condition()
-            if answer:
-                return answer
-            assert time.monotonic() < until, f"waited {timeout_s} s for {what}"
-            time.sleep(POLL_S)
-
-    def until_idle(self, *, timeout_s: float = 5.0) -> None:
-        until = time.monotonic() + timeout_s
-        while left := self.remains():
-            assert time.monotonic() < until, f"left after {timeout_s} s: {left}"
-            time.sleep(POLL_S)
 
     def dump_logs(self) -> str:
         """The ends of all logs."""

@@ -151,7 +151,16 @@ def test_prefill_and_decode_on_two_workers_say_the_same(
         settings=["router.local_prefill_tokens=0"],
         flags=[f"--transfer={transport}"],
     ) as fleet:
+        assert_light(fleet.process("router").pid)
         texts = asyncio.run(answers(fleet, cases))
         pulled = fleet.metric("baton_kv_transfers_total", transport=transport)
     assert texts == aggregated
     assert pulled == NUM_PROMPTS
+
+
+def assert_light(pid: int) -> None:
+    """The router of a torch fleet has the tokenizer, but neither torch nor its weight."""
+    assert "libtorch" not in Path(f"/proc/{pid}/maps").read_text()
+    status = Path(f"/proc/{pid}/status").read_text()
+    resident_kb = next(int(x.split()[1]) for x in status.splitlines() if x.startswith("VmRSS:"))
+    assert resident_kb <= 80 * 1024

@@ -94,6 +94,7 @@ def test_nats_is_killed_for_five_seconds(faulty: Fleet) -> None:
 
 
 def test_nats_is_frozen_for_five_seconds(faulty: Fleet) -> None:
+    before = faulty.metric("baton_events_total", kind="resume")
     running = start_streams(faulty, asks(8, 150, kind="nats frozen"))
     until_flowing(running)
     with faulty.frozen("nats"):
@@ -102,6 +103,7 @@ def test_nats_is_frozen_for_five_seconds(faulty: Fleet) -> None:
         wait_until(faulty, back_at)
     check_exact(running)
     check_exact(during)
+    assert faulty.metric("baton_events_total", kind="resume") == before, "replay is enough"
 
 
 def test_etcd_is_killed_for_thirty_seconds(faulty: Fleet) -> None:

@@ -1,30 +1,22 @@
-"""Engines with nothing imitated: what they say, and that nothing is left behind."""
+"""Engines with nothing imitated: their tokens wherever they are computed, and what they tell."""
 
 import asyncio
-import threading
 from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-from msgspec import structs
 
-from protocol.errors import ConfigError, LocalError
-from protocol.handoff import TcpOffer
 from protocol.sampling import Sampling
 from tests.unit.worker.engine_world import (
     GREEDY,
-    PATIENCE_S,
     RANDOM,
     SMALL,
     hand_over,
-    new_key,
     prompt_of,
     running,
     text_of,
 )
-from worker.engine.base import DecodeJob, PrefillJob
-from worker.engine.simulated import build_simulated, expected_tokens
-from worker.engine.stepper import StepperConfig
+from worker.engine.simulated import expected_tokens
 from worker.transfer.base import Transfer
 from worker.transfer.shm import ShmTransfer
 from worker.transfer.tcp import TcpTransfer
@@ -249,218 +241,6 @@ async def test_progress_is_told_twice_a_second_at_most() -> None:
         assert (await w.over(key)).progress == [("prefill", 4, 40)]
 
 
-@pytest.mark.parametrize("kind", ["waiting", "prefilling", "prefilled", "decoding"])
-async def test_cancel_leaves_nothing(kind: str) -> None:
-    config = replace(SMALL, max_running=1)
-    async with running(config, max_running=1) as w:
-        if kind == "prefilled":
-            key = w.prefill(prompt_of(10))
-            await w.over(key)
-            assert w.stepper.load().lent_blocks == 3
-        else:
-            w.runner.shut()
-            key = w.decode(prompt_of(10), Sampling(max_tokens=1000))
-            await w.runner.entered.wait()
-        if kind == "waiting":
-            key = w.decode(prompt_of(10), Sampling(max_tokens=1000))
-        if kind == "decoding":
-            w.runner.open()
-            await w.recorder.until(lambda: len(w.recorder.of(key).deltas) > 2)
-        w.stepper.cancel(key)
-        heard = len(w.recorder.of(key).deltas)
-        w.runner.open()
-        if kind == "waiting":
-            w.stepper.cancel(next(iter(w.recorder.attempts)))
-        await w.idle()
-        assert len(w.recorder.of(key).deltas) == heard
-        assert w.recorder.of(key).failed is None
-        assert w.is_clean()
-
-
-async def test_cancel_of_a_prefilled_attempt_revokes_its_lease() -> None:
-    async with running(worker="p") as p, running(worker="d") as d:
-        key = p.prefill(prompt_of(10))
-        result = (await p.over(key)).prefilled
-        assert result is not None
-        p.stepper.cancel(key)
-        await p.idle()
-        assert p.stepper.stats().leases_ended["revoked"] == 1
-        pull = d.decode(prompt_of(10), handle=result.handle, output_ids=[97])
-        failed = (await d.over(pull)).failed
-        assert failed is not None
-        assert (failed.leg, failed.code) == ("transfer", "lease_lost")
-
-
-async def test_lease_lives_while_it_is_renewed_and_ends_when_it_is_not() -> None:
-    async with running(worker="p", lease_s=30.0) as p:
-        result = (await p.over(p.prefill(prompt_of(10)))).prefilled
-        assert result is not None
-        assert result.handle is not None
-        assert result.handle.lease_s == 30.0
-        for _ in range(3):
-            p.clock.ahead_s += 20.0
-            p.stepper.renew([result.handle.handle_id])
-            await p.over(p.decode(prompt_of(2), Sampling(max_tokens=1)))
-            assert p.stepper.load().lent_blocks == 3
-        p.clock.ahead_s += 31.0
-        p.stepper.renew([])
-        await p.idle()
-        assert p.stepper.stats().leases_ended == {"released": 0, "revoked": 0, "expired": 1}
-
-
-async def test_lease_ends_by_itself_when_nobody_says_anything() -> None:
-    async with running(lease_s=0.05) as w:
-        await w.over(w.prefill(prompt_of(10)))
-        await w.idle()
-        assert w.stepper.stats().leases_ended["expired"] == 1
-
-
-async def test_prefill_waits_for_a_free_lease_slot() -> None:
-    async with running(replace(SMALL, num_leases=1)) as w:
-        first, second = w.prefill(prompt_of(5)), w.prefill(prompt_of(5, salt=1))
-        result = (await w.over(first)).prefilled
-        assert result is not None
-        assert result.handle is not None
-        await w.recorder.until(lambda: w.recorder.of(second).accepted)
-        assert w.recorder.of(second).prefilled is None
-        w.stepper.release([result.handle.handle_id])
-        assert (await w.over(second)).prefilled is not None
-        w.stepper.cancel(second)
-
-
-async def test_handle_of_another_prompt_model_or_length_is_refused() -> None:
-    other_model = replace(SMALL, name="other")
-    async with (
-        running(worker="p") as p,
-        running(worker="d") as d,
-        running(other_model, worker="o") as o,
-    ):
-        result = (await p.over(p.prefill(prompt_of(10)))).prefilled
-        assert result is not None
-        assert result.handle is not None
-        wrong = [
-            (d, prompt_of(10, salt=1), result.handle),
-            (d, prompt_of(11), result.handle),
-            (d, prompt_of(10), structs.replace(result.handle, ranks=[])),
-            (d, prompt_of(10), structs.replace(result.handle, block_size=8)),
-            (o, prompt_of(10), result.handle),
-        ]
-        for world, prompt, handle in wrong:
-            failed = (await world.over(world.decode(prompt, handle=handle, output_ids=[9]))).failed
-            assert failed is not None
-            assert failed.code == "handle_mismatch"
-        await d.over(d.decode(prompt_of(12)))
-        local = structs.replace(result.handle, num_tokens=12)
-        key = d.decode(prompt_of(12), handle=local, output_ids=[9])
-        failed = (await d.over(key)).failed
-        assert failed is not None
-        assert failed.code == "handle_mismatch"
-        p.stepper.release([result.handle.handle_id])
-
-
-async def test_stop_string_ends_and_is_cut_on_both_legs() -> None:
-    prompt = prompt_of(10)
-    text = text_of(expected_tokens(prompt, GREEDY, 24, SMALL))
-    for stop, at in ((text[4:7], 4), (text[0], 0)):
-        sampling = Sampling(max_tokens=24, temperature=0.0, stop=[stop])
-        async with running() as w:
-            attempt = await w.over(w.decode(prompt, sampling))
-            assert (attempt.text, attempt.finish) == (text[:at], "stop")
-            assert attempt.deltas[-1].stop == stop
-            kept = structs.replace(sampling, include_stop=True)
-            assert (await w.over(w.decode(prompt, kept))).text == text[: at + len(stop)]
-            later = structs.replace(sampling, min_tokens=24)
-            assert (await w.over(w.decode(prompt, later))).text == text
-    async with running() as w:
-        first_letter = Sampling(max_tokens=24, temperature=0.0, stop=[text[0]])
-        result = (await w.over(w.prefill(prompt, first_letter))).prefilled
-        assert result is not None
-        assert result.first is not None
-        assert (result.first.finish, result.first.text, result.handle) == ("stop", "", None)
-
-
-async def test_end_token_is_counted_and_not_shown() -> None:
-    config = replace(SMALL, eos_every=5)
-    sampling = Sampling(max_tokens=200, temperature=0.0)
-    async with running(config) as w:
-        wanted = expected_tokens(prompt_of(10), sampling, 200, config)
-        attempt = await w.over(w.decode(prompt_of(10), sampling))
-        assert attempt.ids == wanted
-        assert wanted[-1] == 257
-        assert attempt.text == text_of(wanted)
-        assert (attempt.finish, attempt.deltas[-1].stop) == ("stop", None)
-        again = await w.over(w.decode(prompt_of(10), sampling, output_ids=wanted))
-        assert (again.ids, again.finish) == ([], "stop")
-        later = structs.replace(sampling, min_tokens=50)
-        assert len((await w.over(w.decode(prompt_of(10), later))).ids) > 50
-
-
-async def test_stop_token_id_ends() -> None:
-    wanted = expected_tokens(prompt_of(10), GREEDY, 24, SMALL)
-    sampling = Sampling(max_tokens=24, temperature=0.0, stop_token_ids=[wanted[4]])
-    async with running() as w:
-        attempt = await w.over(w.decode(prompt_of(10), sampling))
-        end = wanted.index(wanted[4])
-        assert attempt.ids == wanted[: end + 1]
-        assert attempt.text == text_of(wanted[:end])
-        assert (attempt.finish, attempt.deltas[-1].stop) == ("stop", wanted[4])
-
-
-async def test_one_token_needs_no_hand_off() -> None:
-    async with running() as w:
-        one = Sampling(max_tokens=1, temperature=0.0)
-        result = (await w.over(w.prefill(prompt_of(10), one))).prefilled
-        assert result is not None
-        assert result.first is not None
-        assert (result.first.finish, result.handle) == ("length", None)
-        attempt = await w.over(w.decode(prompt_of(10), one))
-        assert attempt.ids == result.first.ids
-
-
-async def test_full_context_ends_with_length() -> None:
-    config = replace(SMALL, max_context=20)
-    async with running(config) as w:
-        attempt = await w.over(w.decode(prompt_of(10), Sampling(max_tokens=500)))
-        assert (len(attempt.ids), attempt.finish) == (10, "length")
-    async with running(replace(SMALL, num_blocks=5)) as w:
-        assert w.info.capacity.max_context == 20
-        attempt = await w.over(w.decode(prompt_of(10), Sampling(max_tokens=500)))
-        assert (len(attempt.ids), attempt.finish) == (10, "length")
-
-
-async def test_bad_jobs_fail_alone() -> None:
-    async with running(replace(SMALL, max_context=50)) as w:
-        good = w.decode(prompt_of(10))
-        bad = {
-            w.decode([1, 262]): "invalid_request",
-            w.decode([1, -1]): "invalid_request",
-            w.decode([]): "invalid_request",
-            w.decode([1], output_ids=[97], chars_sent=5): "invalid_request",
-            w.decode(prompt_of(50)): "context_length",
-            w.prefill(prompt_of(51)): "context_length",
-        }
-        for key, code in bad.items():
-            failed = (await w.over(key)).failed
-            assert failed is not None
-            assert failed.code == code
-        assert (await w.over(good)).ids == expected_tokens(prompt_of(10), GREEDY, 24, SMALL)
-
-
-async def test_job_that_is_known_is_ignored() -> None:
-    async with running() as w:
-        key = new_key()
-        for _ in range(3):
-            w.stepper.submit(DecodeJob(key, "c/0", prompt_of(10), GREEDY))
-        assert len((await w.over(key)).ids) == 24
-        lent = new_key()
-        w.stepper.submit(PrefillJob(lent, "c/0", prompt_of(10), GREEDY))
-        await w.over(lent)
-        w.stepper.submit(PrefillJob(lent, "c/0", prompt_of(10), GREEDY))
-        assert len((await w.over(w.decode(prompt_of(3)))).ids) == 24
-        assert w.stepper.load().lent_blocks == 3
-        w.stepper.cancel(lent)
-
-
 async def test_accepted_is_said_only_if_nothing_else_is() -> None:
     async with running(max_step_tokens=4) as w:
         w.runner.shut()
@@ -471,85 +251,6 @@ async def test_accepted_is_said_only_if_nothing_else_is() -> None:
         await w.over(blocker)
         assert long.accepted == 1
         assert (await w.over(w.decode(prompt_of(3, salt=2)))).accepted == 0
-
-
-async def test_drain_waits_for_choices_and_leases() -> None:
-    async with running() as w:
-        async with asyncio.timeout(PATIENCE_S):
-            await w.stepper.drain()
-        w.runner.shut()
-        decoding = w.decode(prompt_of(10))
-        lent = w.prefill(prompt_of(10, salt=1))
-        await w.runner.entered.wait()
-        async with asyncio.TaskGroup() as group:
-            drained = group.create_task(w.stepper.drain())
-            w.runner.open()
-            await w.over(decoding)
-            result = (await w.over(lent)).prefilled
-            assert result is not None
-            assert result.handle is not None
-            await w.over(w.decode(prompt_of(2)))
-            assert not drained.done()
-            w.stepper.release([result.handle.handle_id])
-
-
-async def test_crashed_step_fails_all_and_says_so_once() -> None:
-    async with running() as w:
-        w.healthy = False
-        w.runner.shut()
-        keys = [w.decode(prompt_of(10, salt=index)) for index in range(3)]
-        await w.runner.entered.wait()
-        w.runner.crash = ZeroDivisionError("device")
-        w.runner.open()
-        later = w.decode(prompt_of(4))
-        for key in (*keys, later):
-            failed = (await w.over(key)).failed
-            assert failed is not None
-            assert failed.code == "engine"
-        assert len(w.recorder.reasons) == 1
-        assert "device" in w.recorder.reasons[0]
-        await w.idle()
-        assert w.is_clean()
-
-
-async def test_broken_rule_of_our_own_fails_all_and_ends_the_engine() -> None:
-    async with running() as w:
-        w.healthy = False
-        w.runner.shut()
-        keys = [w.decode(prompt_of(10)), w.prefill(prompt_of(10))]
-        await w.runner.entered.wait()
-        w.runner.forgets_a_token = True
-        w.runner.open()
-        keys.append(w.decode(prompt_of(4)))
-        for key in keys:
-            failed = (await w.over(key)).failed
-            assert failed is not None
-            assert failed.code == "engine"
-        later = (await w.over(w.decode(prompt_of(4)))).failed
-        assert later is not None
-        assert later.code == "engine"
-        assert len(w.recorder.reasons) == 1
-        await w.idle()
-
-
-async def test_start_that_fails_leaves_nothing_running() -> None:
-    async with running(transfers=[TcpTransfer(host="127.0.0.1")]) as w:
-        taken = w.stepper
-        offer = (await w.over(w.prefill(prompt_of(3)))).prefilled
-        assert offer is not None
-        assert offer.handle is not None
-        (tcp,) = offer.handle.ranks[0].offers
-        assert isinstance(tcp, TcpOffer)
-        shm = ShmTransfer()
-        transfers: list[Transfer] = [shm, TcpTransfer(host="127.0.0.1", port=tcp.port)]
-        second = build_simulated(SMALL, transfers, StepperConfig("w", "inc"))
-        with pytest.raises(ConfigError):
-            await second.start(w.recorder)
-        assert not [one for one in threading.enumerate() if one.name.startswith("shm-copy")]
-        assert await second.stop()
-        with pytest.raises(LocalError):
-            await taken.start(w.recorder)
-        w.stepper.release([offer.handle.handle_id])
 
 
 async def test_steps_move_while_there_is_work_and_rest_when_there_is_none() -> None:
@@ -570,19 +271,3 @@ async def test_kv_events_and_snapshot_agree_over_evictions() -> None:
             assert snapshot.last_id == w.recorder.last_event
             assert set(snapshot.hashes) == w.recorder.cached
         assert w.recorder.cached
-
-
-async def test_nothing_is_heard_after_stop_and_misuse_is_told() -> None:
-    config = StepperConfig("w", "inc")
-    stepper = build_simulated(replace(SMALL, step_s=3600.0), [ShmTransfer()], config)
-    with pytest.raises(LocalError, match="not started"):
-        stepper.cancel(new_key())
-    async with running() as w:
-        recorder = w.recorder
-    await stepper.start(recorder)
-    key = new_key()
-    stepper.submit(DecodeJob(key, "c/0", prompt_of(10), GREEDY))
-    await recorder.until(lambda: stepper.load().waiting == 0)
-    async with asyncio.timeout(PATIENCE_S):
-        assert await stepper.stop()
-    assert not recorder.of(key).deltas

@@ -7,6 +7,7 @@ from typing import Any
 from protocol.blocks import pack_ids
 from protocol.events import LoadReport
 from protocol.handoff import KvHandle
+from protocol.out import FailureCode
 from protocol.worker_info import Capacity, EngineTraits, KvLayout, Role, WorkerInfo
 from router.scheduling import commands as cmd
 from router.scheduling import events as ev
@@ -53,6 +54,14 @@ def report(**values: Any) -> LoadReport:
 
 def handle(worker: str, name: str = "h1", *, lease_s: float = 30.0) -> KvHandle:
     return KvHandle(name, worker, f"{worker}-1", 200, BLOCK, b"", lease_s, [])
+
+
+def failed(attempt: int, code: FailureCode) -> ev.AttemptFailed:
+    return ev.AttemptFailed(attempt, "decode", code, "why")
+
+
+def hashes_of(text: str) -> list[bytes]:
+    return [bytes(15) + c.encode() for c in text]
 
 
 def submitted(choice: str = "c/0", *, tokens: int = 200, **values: Any) -> ev.Submitted:

@@ -1,4 +1,4 @@
-"""The small parts by themselves: timers, prefix index, budget, pools, table, policy."""
+"""The small parts by themselves: timers, budget, pools, table, policy."""
 
 import random
 from itertools import product
@@ -8,7 +8,7 @@ import pytest
 
 from protocol.blocks import block_hashes, pack_ids, seed_of
 from protocol.errors import LocalError
-from protocol.events import KvCleared, KvEvent, KvRemoved, KvStored
+from protocol.events import KvCleared, KvStored
 from router.scheduling import commands as cmd
 from router.scheduling import events as ev
 from router.scheduling.attempts import RetryBudget, Tries
@@ -16,8 +16,7 @@ from router.scheduling.deadlines import Deadlines, Timer
 from router.scheduling.fleet import Fleet, Reservation
 from router.scheduling.lifecycle import TABLE, Choice, Move, State
 from router.scheduling.limits import Limits
-from router.scheduling.prefix_index import PrefixIndex, PromptHashes, deepest, depth_of
-from tests.unit.router.scheduling.bench import Bench, info, only, report, submitted
+from tests.unit.router.scheduling.bench import Bench, hashes_of, info, only, report, submitted
 
 # -- the table
 
@@ -105,156 +104,6 @@ def test_timers_agree_with_a_plain_dict(seed: int) -> None:
                 del model[fired]
         assert deadlines.next() == min(model.values(), default=None)
         assert len(deadlines) == len(model)
-
-
-# -- prefix index
-
-
-def hashes_of(text: str) -> list[bytes]:
-    return [bytes(15) + c.encode() for c in text]
-
-
-def stored(text: str) -> KvStored:
-    return KvStored(b"".join(hashes_of(text)))
-
-
-def test_the_longest_match_of_every_holder_is_found() -> None:
-    index = PrefixIndex(1000)
-    slots = [index.join() for _ in range(4)]
-    prompt = "abcdefghijklmnop"
-    for slot, depth in zip(slots, (16, 5, 5, 0), strict=True):
-        index.change(slot, 1, [stored(prompt[:depth])])
-    match = index.match(hashes_of(prompt))
-    assert [depth_of(match, slot) for slot in slots] == [16, 5, 5, 0]
-    assert deepest(match, 4, 2) == [0, 2, 1]
-    assert deepest(match, 1, 0) == [0]
-    assert index.match(hashes_of("zzz")) == []
-    assert index.match([]) == []
-    index.validate()
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_jumping_finds_what_walking_finds(seed: int) -> None:
-    rng = random.Random(seed)
-    index = PrefixIndex(100_000)
-    prompt = [n.to_bytes(16, "big") for n in range(rng.randrange(1, 200))]
-    depths = [rng.randrange(len(prompt) + 1) for _ in range(12)]
-    for depth in depths:
-        index.change(index.join(), 1, [KvStored(b"".join(prompt[:depth]))])
-    match = index.match(prompt)
-    assert [depth_of(match, slot) for slot in range(12)] == depths
-    order = [depths[slot] for slot in deepest(match, 12, 3)]
-    assert order == sorted((depth for depth in depths if depth), reverse=True)
-
-
-def test_events_remove_and_clear() -> None:
-    index = PrefixIndex(1000)
-    slot = index.join()
-    events: list[KvEvent] = [stored("abc"), stored("a"), KvRemoved(b"".join(hashes_of("cz")))]
-    assert not index.change(slot, 1, events)
-    assert depth_of(index.match(hashes_of("abc")), slot) == 2
-    assert not index.change(slot, 3, [KvRemoved(b"".join(hashes_of("c"))), KvCleared()])
-    assert index.match(hashes_of("abc")) == []
-    assert not index.heard_last(slot, 4)
-    index.validate()
-
-
-def test_a_gap_asks_once_and_what_follows_is_kept_for_the_snapshot() -> None:
-    index = PrefixIndex(1000)
-    slot = index.join()
-    assert index.change(slot, 3, [stored("c")])
-    assert not index.change(slot, 4, [stored("d")])
-    assert not index.heard_last(slot, 9)
-    assert index.is_waiting(slot)
-    assert index.match(hashes_of("c")) == []
-    assert not index.replace(slot, 3, hashes_of("abc"))
-    assert depth_of(index.match(hashes_of("abcd")), slot) == 4
-    assert not index.is_waiting(slot)
-    assert index.heard_last(slot, 9)
-
-
-def test_a_snapshot_that_is_too_old_is_asked_for_again_or_ignored() -> None:
-    index = PrefixIndex(1000)
-    slot = index.join()
-    assert index.change(slot, 3, [stored("c")])
-    assert index.replace(slot, 1, hashes_of("a"))
-    assert not index.replace(slot, 2, hashes_of("ab"))
-    assert depth_of(index.match(hashes_of("abc")), slot) == 3
-    assert not index.replace(slot, 1, [])
-    assert depth_of(index.match(hashes_of("abc")), slot) == 3
-
-
-def test_what_is_held_back_is_bounded() -> None:
-    index = PrefixIndex(1000)
-    slot = index.join()
-    index.change(slot, 2, [stored("b")])
-    for n in range(3, 200):
-        index.change(slot, n, [KvStored(n.to_bytes(16, "big"))])
-    assert not index.replace(slot, 1, hashes_of("a"))
-    assert index.heard_last(slot, 199)
-
-
-def test_a_slot_is_swept_in_steps_and_then_reused() -> None:
-    index = PrefixIndex(100_000)
-    slot = index.join()
-    prompt = [n.to_bytes(16, "big") for n in range(1200)]
-    index.change(slot, 1, [KvStored(b"".join(prompt))])
-    index.leave(slot)
-    assert index.match(prompt) == []
-    assert index.num_pairs == 1200 - 512
-    index.validate()
-    assert index.join() == 1
-    index.sweep()
-    index.sweep()
-    assert index.num_pairs == 0
-    assert index.join() == 0
-    index.validate()
-
-
-def test_the_index_is_bounded_and_forgets_the_oldest() -> None:
-    index = PrefixIndex(256)
-    gone = index.join()
-    index.change(gone, 1, [KvStored(b"".join(n.to_bytes(16, "big") for n in range(600)))])
-    index.validate()
-    slot = index.join()
-    index.leave(gone)
-    for n in range(300):
-        index.change(slot, n + 1, [KvStored((1000 + n).to_bytes(16, "big"))])
-    index.validate()
-    assert index.num_pairs <= 256
-    assert index.match([(1000).to_bytes(16, "big")]) == []
-    assert index.match([(1299).to_bytes(16, "big")]) != []
-
-
-def test_the_oldest_go_also_while_a_slot_is_being_swept() -> None:
-    index = PrefixIndex(1000)
-    gone, slot = index.join(), index.join()
-    index.change(gone, 1, [KvStored(b"".join(n.to_bytes(16, "big") for n in range(990)))])
-    index.leave(gone)
-    holder = index._holders[slot]
-    for n in range(600):
-        index._add_pair((5000 + n).to_bytes(16, "big"), slot, holder)
-    index.validate()
-
-
-def test_an_index_that_lost_a_bit_does_not_validate() -> None:
-    index = PrefixIndex(1000)
-    index.change(index.join(), 1, [stored("a")])
-    index._masks.clear()
-    with pytest.raises(LocalError):
-        index.validate()
-
-
-def test_hashes_are_computed_as_far_as_asked_and_equal_the_protocols() -> None:
-    packed = pack_ids(range(16 * 200 + 5))
-    seed = seed_of("d", "salt")
-    hashes = PromptHashes(packed, 16, seed)
-    assert len(hashes) == 200
-    expected = block_hashes(packed, 16, seed)
-    assert hashes[0] == expected[0]
-    assert len(hashes._known) == 64
-    assert hashes[150] == expected[150]
-    assert [hashes[n] for n in range(200)] == expected
 
 
 # -- budget and tries
