@@ -34,6 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 async def run_bench(args: argparse.Namespace, stop: asyncio.Event) -> int:
     """Start a fleet, load it `--runs` times, print a table. Raises ConfigError."""
+    if min(args.streams, args.tokens, args.requests, args.runs) < 1:
+        raise ConfigError("--streams, --tokens, --requests and --runs must be at least 1")
     measure = {"tokens": _paced_tokens, "requests": _requests}[args.what]
     step_ms = args.step_ms if args.what == "tokens" else 0.0
     with tempfile.TemporaryDirectory(prefix="baton-bench-") as state:

@@ -65,7 +65,9 @@ def _add_up(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="where the router listens")
     parser.add_argument("--port", type=int, default=8000, help="of the router; 0: any free one")
     parser.add_argument("--state-dir", default="", metavar="D", help="logs, data, processes.json")
-    parser.add_argument("--log-level", default="info")
+    parser.add_argument(
+        "--log-level", choices=["debug", "info", "warning", "error"], default="info"
+    )
     parser.add_argument("--log-format", choices=["text", "json"], default="text")
     parser.add_argument(
         "--set",
@@ -86,20 +88,26 @@ def _up(args: argparse.Namespace) -> int:
 
 
 def _router(args: argparse.Namespace) -> int:
+    from prometheus_client import disable_created_metrics
+
     from router.config import RouterConfig
     from router.main import run_router
 
     config = load_settings(RouterConfig, args, os.environ)
+    disable_created_metrics()  # type: ignore[no-untyped-call]
     set_up_logs(config.log_level, config.log_format)
     return run_process(lambda stop, stop_now: run_router(config, stop, stop_now))
 
 
 def _worker(args: argparse.Namespace) -> int:
+    from prometheus_client import disable_created_metrics
+
     from baton.demo import with_model
     from worker.config import WorkerConfig
     from worker.main import run_worker
 
     config = with_model(load_settings(WorkerConfig, args, os.environ))
+    disable_created_metrics()  # type: ignore[no-untyped-call]
     set_up_logs(config.log_level, config.log_format)
     return run_process(lambda stop, stop_now: run_worker(config, stop, stop_now))
 

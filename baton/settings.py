@@ -1,10 +1,12 @@
 """One config struct from a YAML file, `BATON_*` variables and flags: later ones win.
 
-Unknown keys are errors that name the nearest right one; so are values of the wrong type.
+Unknown keys of the file and unknown flags are errors that name the nearest right one; so are values
+of the wrong type. An unknown variable is only said and ignored.
 """
 
 import argparse
 import difflib
+import sys
 import typing
 from collections.abc import Mapping
 from pathlib import Path
@@ -74,7 +76,9 @@ def load_settings(config: type[C], args: argparse.Namespace, environ: Mapping[st
         for key, value in environ.items()
         if key.startswith(_PREFIX)
     }
-    values.update(_checked_names(given, names, "the environment (BATON_*)"))
+    values.update({name: value for name, value in given.items() if name in names})
+    for name in sorted(given.keys() - names):  # not an error: orchestrators inject such variables
+        print(f"baton: ignored {_PREFIX}{name.upper()}{_hint(name, names)}", file=sys.stderr)
     values.update({name: value for name, value in vars(args).items() if name in names})
     for name in _LISTS:
         if isinstance(values.get(name), str):
@@ -105,10 +109,13 @@ def _read(path: Path) -> dict[str, Any]:
 def _checked_names(values: Mapping[Any, Any], names: set[str], where: str) -> dict[str, Any]:
     for name in values:
         if name not in names:
-            near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
-            hint = f"; did you mean `{near[0]}`?" if near else ""
-            raise ConfigError(f"{where}: unknown key `{name}`{hint}")
+            raise ConfigError(f"{where}: unknown key `{name}`{_hint(str(name), names)}")
     return dict(values)
+
+
+def _hint(name: str, names: set[str]) -> str:
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"; did you mean `{near[0]}`?" if near else ""
 
 
 def _where(text: str) -> str:

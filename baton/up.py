@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 from collections.abc import Coroutine, Sequence
@@ -117,6 +118,8 @@ class _Fleet:
 
     async def start(self, stop: asyncio.Event) -> None:
         options = self._options
+        self._refuse_twin()
+        _refuse_taken(options.host, options.port)
         self._logs.mkdir(parents=True, exist_ok=True)
         for folder in ("etcd", "nats"):  # registrations and messages of an earlier fleet are dead
             shutil.rmtree(options.state_dir / folder, ignore_errors=True)
@@ -136,6 +139,19 @@ class _Fleet:
         await self._until(
             self._ready(total), f"{total} workers and a router", READY_TIMEOUT_S, stop
         )
+
+    def _refuse_twin(self) -> None:
+        """Two fleets in one state directory would wipe each other's data."""
+        path = self._options.state_dir / "processes.json"
+        if not path.exists():
+            return
+        for entry in msgspec.json.decode(path.read_bytes()):
+            command = Path(f"/proc/{entry['pid']}/cmdline")
+            if command.exists() and str(self._options.state_dir).encode() in command.read_bytes():
+                raise ConfigError(
+                    f"{entry['name']} (pid {entry['pid']}) of another fleet still runs in "
+                    f"{self._options.state_dir}: stop it, or use another --state-dir"
+                )
 
     def _common(self, command: str) -> list[str]:
         options = self._options
@@ -264,6 +280,18 @@ class _Fleet:
         for roles in (("router",), ("prefill", "decode", "both"), ("etcd", "nats")):
             group = [child for child in self.children if child.role in roles]
             await _end(group, stop_now)
+
+
+def _refuse_taken(host: str, port: int) -> None:
+    """A taken port is said before anything starts, and never mistaken for our own router."""
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.create_server((host, port), family=family):
+            pass
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}") from None
+    except OverflowError:
+        raise ConfigError(f"port {port} is not a port") from None
 
 
 async def _end(group: list[Child], stop_now: asyncio.Event) -> None:

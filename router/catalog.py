@@ -96,6 +96,8 @@ class Catalog:
         self._models: OrderedDict[str, _Model] = OrderedDict()
         self._texts: OrderedDict[str, Text] = OrderedDict()
         self._fetching: dict[str, asyncio.Event] = {}
+        self.listing_came = False
+        """Discovery has told who is there at least once: before, nobody can say 404."""
 
     # --- discovery's side ---
 
@@ -127,6 +129,9 @@ class Catalog:
         """Raises ClientError: 404 for an unknown model, 503 while its assets cannot be had."""
         model = self._models.get(name)
         info = model.best() if model is not None else None
+        if not self.listing_came and info is None:
+            message = "the list of workers has not arrived from discovery yet"
+            raise ClientError(503, message, code="discovery_pending", retry_after_s=1)
         if model is None or info is None:
             message = f"the model `{name}` does not exist"
             raise ClientError(404, message, code="model_not_found", param="model")

@@ -43,6 +43,8 @@ from router.scheduling.scheduler import Scheduler
 _log = logging.getLogger("baton.router")
 
 BEAT_S: Final = 1.0
+LOSSES: Final = frozenset({"silent", "suspected", "gone"})
+"""Notes that an operator wants to see at the level of warnings."""
 LOST_S: Final = 0.1
 """Losses on our side of the bus are asked for together."""
 _TICK_S: Final = 0.001
@@ -313,9 +315,13 @@ class Dispatch:
     def _note(self, note: cmd.Note) -> None:
         self._metrics.note(note.kind, note.cause)
         if note.kind != "late":
-            _log.info(
-                "%s cause=%s worker=%s choice=%s", note.kind, note.cause, note.worker, note.choice
+            level = logging.WARNING if note.kind in LOSSES else logging.INFO
+            about = "".join(
+                f" {name}={value}"
+                for name, value in (("worker", note.worker), ("choice", note.choice))
+                if value
             )
+            _log.log(level, "%s cause=%s%s", note.kind, note.cause, about)
 
     # --- mail ---
 

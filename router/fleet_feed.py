@@ -83,6 +83,7 @@ class FleetFeed:
             reason = "" if isinstance(state, Synced) else state.reason
             _log.info("discovery %s %s", "in step" if synced else "stale, list kept:", reason)
         self.synced = synced
+        self._catalog.listing_came |= synced
         self._metrics.registry_fresh.set(1 if synced else 0)
 
     def _on_events(self, message: Message) -> None:

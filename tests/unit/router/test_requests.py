@@ -45,6 +45,7 @@ class World:
         self.catalog = Catalog(
             bus=bus, subjects=SUBJECTS, router_id="r", tasks=tasks, wall_clock=lambda: 1000.5
         )
+        self.catalog.listing_came = True
         rng, now = random.Random(1), 2000.9
         self.front = Front(self.catalog, max_choices=8, rng=rng, wall_clock=lambda: now)
         self.asked: list[str] = []
@@ -254,3 +255,13 @@ async def test_a_model_whose_workers_left_is_not_listed_but_still_known(world: W
     world.catalog.unlisted("w", "w1")
     assert world.catalog.names() == []
     assert (await text(world)).specs[0].model_digest == "d"  # the scheduler says 503
+
+
+async def test_before_the_first_listing_a_model_is_not_missing_but_unknown_yet() -> None:
+    async with asyncio.TaskGroup() as tasks:
+        world = World(MemoryBus(MemoryHub()), tasks)
+        world.catalog.listing_came = False
+        with pytest.raises(ClientError) as caught:
+            await world.catalog.served("demo")
+        assert (caught.value.status, caught.value.code) == (503, "discovery_pending")
+        assert caught.value.retry_after_s == 1
