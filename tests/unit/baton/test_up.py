@@ -29,13 +29,13 @@ async def test_a_taken_port_is_said_before_anything_starts(tmp_path: Path) -> No
     assert not (tmp_path / "processes.json").exists()
 
 
-async def test_a_second_fleet_in_the_same_folder_is_refused(tmp_path: Path) -> None:
+def test_a_second_fleet_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     wait = "import sys; sys.stdin.read()"
     command = [sys.executable, "-c", wait, f"--data-dir={tmp_path}/etcd"]
     with subprocess.Popen(command, stdin=subprocess.PIPE) as living:
         entry = {"name": "etcd", "role": "etcd", "pid": living.pid, "port": 1, "log": ""}
         (tmp_path / "processes.json").write_text(json.dumps([entry]))
         with pytest.raises(ConfigError, match=f"etcd .pid {living.pid}. of another fleet"):
-            await run_up(options(tmp_path, 0), asyncio.Event(), asyncio.Event())
+            asyncio.run(run_up(options(tmp_path, 0), asyncio.Event(), asyncio.Event()))
         assert living.stdin is not None
         living.stdin.close()
