@@ -30,9 +30,12 @@ async def test_a_taken_port_is_said_before_anything_starts(tmp_path: Path) -> No
 
 
 def test_a_second_fleet_in_the_same_folder_is_refused(tmp_path: Path) -> None:
-    wait = "import sys; sys.stdin.read()"
+    wait = "import sys; print('up', flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", wait, f"--data-dir={tmp_path}/etcd"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE) as living:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe) as living:
+        assert living.stdout is not None
+        assert living.stdout.readline() == b"up\n"  # before that /proc may not show its arguments
         entry = {"name": "etcd", "role": "etcd", "pid": living.pid, "port": 1, "log": ""}
         (tmp_path / "processes.json").write_text(json.dumps([entry]))
         with pytest.raises(ConfigError, match=f"etcd .pid {living.pid}. of another fleet"):
