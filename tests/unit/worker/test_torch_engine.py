@@ -280,7 +280,6 @@ async def test_threads_are_those_of_the_config(folder: Path) -> None:
         torch.set_num_threads(before)
 
 
-@pytest.mark.skipif(not (DEMO / "model.safetensors").is_file(), reason="no demo model")
 async def test_the_demo_model_says_what_transformers_says() -> None:
     tokenizer = Tokenizer.from_assets(load_assets(DEMO))
     prompt = tokenizer.encode("This module provides", add_special_tokens=True)
