@@ -34,14 +34,31 @@ $(VENV)/.torch: $(VENV)/.base
 	$(PIP) install -q -c constraints.txt -e '.[local,torch]'
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.torch
-	$(PIP) install -q -c constraints.txt -e '.[local,torch,dev]'
+# The NIXL wheel asks for torch, which it does not need for host memory: --no-deps keeps CUDA's
+# gigabytes away. Both libraries have wheels for Linux alone.
+$(VENV)/.nixl: $(VENV)/.base
+ifeq ($(shell uname -s),Linux)
+	$(PIP) install -q -c constraints.txt numpy
+	$(PIP) install -q -c constraints.txt --no-deps nixl-cu13
+endif
+	@touch $@
+
+$(VENV)/.ucx: $(VENV)/.base
+ifeq ($(shell uname -s),Linux)
+	$(PIP) install -q -c constraints.txt -e '.[local,ucx]'
+endif
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.torch $(VENV)/.nixl $(VENV)/.ucx
+	$(PIP) install -q -c constraints.txt -e '.[local,torch,vllm,dev]'
 	@touch $@
 
 ENV_torch := $(VENV)/.torch
 ENV_simulated := $(VENV)/.base
+ENV_nixl := $(VENV)/.nixl
+ENV_ucx := $(VENV)/.ucx
 
-up: $(ENV_$(ENGINE))
+up: $(ENV_$(ENGINE)) $(ENV_$(TRANSFER))
 	@exec $(BIN)/baton up --engine $(ENGINE) --port $(PORT) --prefill $(PREFILL) --decode $(DECODE) \
 		--transfer $(TRANSFER) --state-dir $(STATE)
 

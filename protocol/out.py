@@ -27,6 +27,15 @@ FailureCode = Literal[
 ]
 
 
+class TokenLogprob(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """How likely the model held one token to be, and which it held likelier."""
+
+    logprob: float
+    """Natural logarithm, of the model's own distribution."""
+    top: list[tuple[int, float]] = []
+    """(id, logprob) of the likeliest tokens, the likeliest first; as many as were asked for."""
+
+
 class Delta(msgspec.Struct, array_like=True, gc=False):
     """New output of one attempt. Never split or merged once sent: a replay repeats it as it was."""
 
@@ -39,6 +48,8 @@ class Delta(msgspec.Struct, array_like=True, gc=False):
     finish: Finish = ""
     stop: str | int | None = None
     """The stop string or token id that ended it."""
+    logprobs: list[TokenLogprob] | None = None
+    """One for each of `ids`, if the choice asked for them."""
 
 
 class Accepted(msgspec.Struct, tag="a", array_like=True, frozen=True):
@@ -75,6 +86,8 @@ class Prefilled(msgspec.Struct, tag="p", array_like=True, frozen=True):
     handle: KvHandle | None = None
     queue_s: float = 0.0
     prefill_s: float = 0.0
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    """One for each prompt token, if asked for; the first has none."""
 
 
 class Decoding(msgspec.Struct, tag="d", array_like=True, frozen=True):
@@ -86,6 +99,8 @@ class Decoding(msgspec.Struct, tag="d", array_like=True, frozen=True):
     transport: str = ""
     transfer_bytes: int = 0
     transfer_s: float = 0.0
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    """As in `Prefilled`, where this worker prefilled for itself."""
 
 
 class StepFrame(msgspec.Struct, tag="f", array_like=True, gc=False):

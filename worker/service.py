@@ -313,6 +313,7 @@ class Service:
                 result.handle,
                 result.queue_s,
                 result.prefill_s,
+                result.prompt_logprobs,
             ),
             self._clock(),
         )
@@ -327,6 +328,7 @@ class Service:
                 info.transport,
                 info.transfer_bytes,
                 info.transfer_s,
+                info.prompt_logprobs,
             ),
         )
 

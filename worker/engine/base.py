@@ -12,7 +12,7 @@ from protocol.events import KvEvent
 from protocol.handoff import KvHandle
 from protocol.ids import JobKey
 from protocol.jobs import Body
-from protocol.out import Delta, FailureCode, Leg
+from protocol.out import Delta, FailureCode, Leg, TokenLogprob
 from protocol.sampling import Sampling
 from protocol.worker_info import Capacity, EngineTraits, KvLayout
 from text.assets import ModelAssets
@@ -55,6 +55,7 @@ class PrefillResult:
     handle: KvHandle | None
     queue_s: float = 0.0
     prefill_s: float = 0.0
+    prompt_logprobs: list[TokenLogprob | None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,7 @@ class DecodingInfo:
     transport: str = ""
     transfer_bytes: int = 0
     transfer_s: float = 0.0
+    prompt_logprobs: list[TokenLogprob | None] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,6 +48,7 @@ from protocol.out import (
     Progress,
     Refused,
     StepFrame,
+    TokenLogprob,
 )
 from protocol.sampling import Sampling
 from protocol.worker_info import Capacity, EngineTraits, KvLayout, WorkerInfo
@@ -56,6 +57,10 @@ ENVELOPES = (JobEnvelope, OutEnvelope, EventEnvelope, Beat, Pong, KvSnapshot, Wo
 
 _HASH = bytes(range(16))
 _SAMPLING = Sampling(64, 0.5, 0.9, 40, 7, ["END"], [2], 1, True, True, False)
+_CAREFUL = Sampling(
+    64, 0.5, 0.9, 40, 7, ["END"], [2], 1, True, True, False,
+    0.125, 1.5, 0.5, 0.25, {7: -100.0, 70_000: 2.5}, 5, 0, '{"type":"object"}',
+)  # fmt: skip
 _RANK = RankKv(
     b"\1\0\0\0\2\0\0\0",
     3,
@@ -68,6 +73,8 @@ _RANK = RankKv(
 )
 _HANDLE = KvHandle("h1", "w1", "i1", 130, 64, _HASH, 30.0, [_RANK], msgspec.Raw(b"\x81\xa1a\x01"))
 _DELTA = Delta(5, 17, [128, 2], " caf\u00e9", "stop", "END")
+_LOGPROBS = [TokenLogprob(-0.5, [(128, -0.5), (3, -1.25)]), TokenLogprob(-2.0)]
+_JUDGED = Delta(5, 17, [128, 2], " caf\u00e9", "", None, _LOGPROBS)
 
 JOBS: list[Job] = [
     Prefill(1, "q/0", Tokens(b"\1\0\0\0"), _SAMPLING, b"\2\0\0\0", 3, "salt"),
@@ -82,6 +89,7 @@ JOBS: list[Job] = [
     Ping(),
     GetAssets("digest"),
     GetKvSnapshot(),
+    Decode(13, "q/0", Tokens(b"\1\0\0\0"), _CAREFUL),
 ]
 OUTS: list[Out] = [
     Accepted(1, _HANDLE),
@@ -93,6 +101,9 @@ OUTS: list[Out] = [
     Decoding(5, 64, "nixl", 1 << 20, 0.125),
     StepFrame([_DELTA, Delta(6, 0, [1], "", "length"), Delta(7, 1, [9], "x", "stop", 2)]),
     Failed(8, "decode", "lease_lost", "gone"),
+    Prefilled(9, 2, 0, _JUDGED, None, 0.25, 0.5, [None, *_LOGPROBS]),
+    Decoding(10, 64, "", 0, 0.0, [None, *_LOGPROBS]),
+    StepFrame([_DELTA, _JUDGED]),
 ]
 EVENTS: list[WorkerEvent] = [
     LoadReport(1, 2, 100, 50, 3, 4, 1000, 77, {"r1": 5}, True),
@@ -156,6 +167,8 @@ def any_of(kind: Any) -> st.SearchStrategy[Any]:
         return st.sampled_from(args)
     if origin is list:
         return st.lists(any_of(args[0]), max_size=3)
+    if origin is tuple:
+        return st.tuples(*map(any_of, args))
     if origin is dict:
         return st.dictionaries(any_of(args[0]), any_of(args[1]), max_size=3)
     hints = typing.get_type_hints(kind)
