@@ -9,23 +9,18 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from protocol.handoff import KvHandle
 from protocol.ids import JobKey
-from protocol.out import Delta, FailureCode, Leg
+from protocol.out import Delta, Leg
 from text.tokenizer import Tokenizer
-from worker.engine.base import (
-    DecodeJob,
-    DecodingInfo,
-    EngineError,
-    EngineStats,
-    Load,
-    PrefillJob,
-    PrefillResult,
-)
+from worker.engine import telling
+from worker.engine.base import DecodeJob, DecodingInfo, EngineError, EngineStats, Load, PrefillJob
+from worker.engine.grammar import GrammarError
+from worker.engine.grammar_desk import COMPILE_TIMEOUT_S, GrammarDesk
 from worker.engine.lending import Lender
 from worker.engine.messages import (
     Cancel,
     Drain,
+    GrammarMade,
     Message,
     OperationEnded,
     Release,
@@ -34,16 +29,9 @@ from worker.engine.messages import (
     Submit,
 )
 from worker.engine.outputs import TurnOutputs
-from worker.engine.pulling import (
-    PROGRESS_S,
-    Puller,
-    PullLost,
-    PullMoved,
-    PullOutcome,
-    PullReady,
-)
+from worker.engine.pulling import PROGRESS_S, Puller, PullLost, PullMoved, PullOutcome, PullReady
 from worker.engine.roster import Planned, Roster
-from worker.engine.runner import ModelRunner
+from worker.engine.runner import Chunk, ModelRunner
 from worker.engine.sequences import (
     ActiveSequence,
     ModelLimits,
@@ -65,6 +53,7 @@ class EngineCore:
         pool: BlockPool,
         lender: Lender,
         puller: Puller,
+        grammars: GrammarDesk,
         *,
         tokenizer: Tokenizer,
         limits: ModelLimits,
@@ -76,6 +65,7 @@ class EngineCore:
         self._pool = pool
         self._lender = lender
         self._puller = puller
+        self._grammars = grammars
         self._tokenizer = tokenizer
         self._limits = limits
         self._config = config
@@ -83,6 +73,8 @@ class EngineCore:
         self._clock = clock
         self._roster = Roster(pool, num_blocks=num_blocks, block_size=limits.block_size)
         self._known: dict[JobKey, ActiveSequence] = {}
+        self._compiling: list[ActiveSequence] = []
+        """Wait for their grammar, the longest waiting first."""
         self._unlent: list[ActiveSequence] = []
         self._drains: list[asyncio.Event] = []
         self._broken = ""
@@ -109,12 +101,15 @@ class EngineCore:
                     self._drains.remove(event)
             case OperationEnded():
                 self._settle(self._puller.ended(message, now), now)
+            case GrammarMade():
+                self._take_grammar(message, now)
 
     def turn(self, now: float) -> bool:
         """Do what is due. True if there may be more to do at once."""
         self._lender.expire(now)
         self._settle(self._puller.tick(now), now)
         self._lend_parked(now)
+        self._give_up_grammars(now)
         before = self._roster.num_preempted
         self._admit(now)
         planned = self._roster.plan(max_step_tokens=self._config.max_step_tokens)
@@ -147,7 +142,7 @@ class EngineCore:
         outputs = TurnOutputs(unhealthy="" if self._broken else reason)
         self._broken = self._broken or reason
         for sequence in self._known.values():
-            _note_failed(outputs, sequence, "engine", reason)
+            telling.failed(outputs, sequence, "engine", reason)
         self._known.clear()
         outputs.drained, self._drains = self._drains, []
         return outputs
@@ -175,7 +170,7 @@ class EngineCore:
         counts = self._pool.counts()
         return Load(
             running=len(self._roster.running) + self._puller.num_pulling + len(self._unlent),
-            waiting=len(self._roster.waiting),
+            waiting=len(self._roster.waiting) + len(self._compiling),
             num_blocks=self._num_blocks,
             free_blocks=self._pool.num_available,
             cached_blocks=counts.cached,
@@ -189,6 +184,7 @@ class EngineCore:
             leases_ended=self._lender.ended,
             transfers=dict(self._puller.counts.results),
             transfer_bytes=dict(self._puller.counts.num_bytes),
+            pairs=self._puller.pairs.ways(),
             preemptions=self._roster.num_preempted,
             prefilled_tokens=self._prefilled_tokens,
             cached_tokens=self._cached_tokens,
@@ -216,8 +212,12 @@ class EngineCore:
             self._end_at_once(sequence, end)
             return
         self._known[key] = sequence
-        self._roster.waiting.append(sequence)
         outputs.taken[key] = serial
+        if sequence.stage is Stage.COMPILING:
+            self._compiling.append(sequence)
+            self._grammars.request(key, serial, job.sampling, job.output_ids)
+        else:
+            self._roster.waiting.append(sequence)
 
     def _cancel(self, key: JobKey, now: float) -> None:
         sequence = self._known.get(key)
@@ -230,23 +230,57 @@ class EngineCore:
     def _end_at_once(self, sequence: ActiveSequence, end: Delta) -> None:
         """What the client already has was a whole answer."""
         if sequence.is_prefill:
-            self._tell_prefilled(sequence, end, None, sequence.submitted_at)
+            telling.prefilled(self._outputs, sequence, end, None, sequence.submitted_at)
         else:
-            self._tell_decoding(sequence, DecodingInfo())
+            telling.decoding(self._outputs, sequence, DecodingInfo())
             self._outputs.delta(sequence.key, sequence.serial, end)
+
+    # grammars
+
+    def _take_grammar(self, message: GrammarMade, now: float) -> None:
+        sequence = self._known.get(message.key)
+        if sequence is None or sequence.serial != message.serial:
+            return
+        if isinstance(message.result, str):
+            self._fail_grammar(sequence, message.result, now)
+            return
+        self._compiling.remove(sequence)
+        sequence.grammar = message.result
+        sequence.stage = Stage.WAITING
+        self._roster.waiting.append(sequence)
+        end = sequence.end_of_given()
+        if end is not None:
+            self._end_at_once(sequence, end)
+            self._drop(sequence, now)
+
+    def _give_up_grammars(self, now: float) -> None:
+        while self._compiling and now - self._compiling[0].submitted_at > COMPILE_TIMEOUT_S:
+            sequence = self._compiling[0]
+            # Perhaps others' schemas are the hard ones: another worker may try.
+            message = f"no grammar after {COMPILE_TIMEOUT_S:g} s"
+            telling.failed(self._outputs, sequence, "engine", message)
+            self._drop(sequence, now)
+
+    def _fail_grammar(self, sequence: ActiveSequence, message: str, now: float) -> None:
+        telling.failed(self._outputs, sequence, "invalid_request", f"grammar: {message}")
+        self._drop(sequence, now)
 
     # admission
 
     def _admit(self, now: float) -> None:
-        roster = self._roster
-        while roster.waiting:
+        """In order of arrival; who follows another one's prefix lets later ones pass."""
+        roster, passed = self._roster, 0
+        while passed < len(roster.waiting):
             num_active = len(roster.running) + self._puller.num_pulling + len(self._unlent)
             if num_active >= self._config.max_running:
                 return
-            sequence = roster.waiting[0]
+            sequence = roster.waiting[passed]
+            if roster.follows(sequence):
+                passed += 1
+                continue
             if not roster.place(sequence, alone=num_active == 0):
                 return
-            roster.waiting.popleft()
+            del roster.waiting[passed]
             if sequence.started_at is None:
                 sequence.started_at = sequence.reported_at = now
             self._cached_tokens += sequence.cached_tokens
@@ -263,10 +297,10 @@ class EngineCore:
                 case PullReady(info=info):
                     self._arrived(sequence, info)
                 case PullLost(code=code, message=message):
-                    _note_failed(self._outputs, sequence, code, message)
+                    telling.failed(self._outputs, sequence, code, message)
                     self._drop(sequence, now)
                 case PullMoved(done=done, total=total):
-                    self._tell_progress(sequence, "transfer", done, total, now)
+                    telling.progress(self._outputs, sequence, "transfer", done, total, now)
 
     def _arrived(self, sequence: ActiveSequence, info: DecodingInfo) -> None:
         """Its KV is here; the last token's is computed again if nothing else is left to compute."""
@@ -275,7 +309,7 @@ class EngineCore:
             sequence.num_computed = max(sequence.num_computed, there)
             sequence.handle = None
         self._roster.store_full_blocks(sequence)
-        self._tell_decoding(sequence, info)
+        telling.decoding(self._outputs, sequence, info)
         self._roster.run(sequence)
 
     # one step
@@ -291,32 +325,41 @@ class EngineCore:
             self._break(f"a step of the model failed: {error!r}")
             return
         now = self._clock()
-        for (sequence, count), token in zip(planned, tokens, strict=True):
-            self._advance(sequence, count, token, now)
+        for (sequence, _), chunk, token in zip(planned, chunks, tokens, strict=True):
+            try:
+                self._advance(sequence, chunk, token, now)
+            except GrammarError as error:
+                self._fail_grammar(sequence, str(error), now)
 
-    def _advance(self, sequence: ActiveSequence, count: int, token: int | None, now: float) -> None:
-        start = sequence.num_computed
+    def _advance(
+        self, sequence: ActiveSequence, chunk: Chunk, token: int | None, now: float
+    ) -> None:
+        start, count = chunk.start, len(chunk.ids)
         self._prefilled_tokens += max(0, min(count, sequence.num_given - start))
         sequence.num_computed = start + count
         self._roster.store_full_blocks(sequence)
+        if chunk.scores is not None and sequence.prompt_logprobs is not None:
+            sequence.prompt_logprobs += chunk.scores.prompt
         if token is None:
             leg: Leg = "prefill" if sequence.is_prefill or not sequence.told_decoding else "decode"
-            self._tell_progress(sequence, leg, sequence.num_computed, len(sequence.ids), now)
+            telling.progress(
+                self._outputs, sequence, leg, sequence.num_computed, len(sequence.ids), now
+            )
             return
         self._decoded_tokens += 1
-        delta = sequence.take(token)
+        delta = sequence.take(token, chunk.scores)
         if sequence.is_prefill:
             self._prefilled(sequence, delta, now)
             return
         if not sequence.told_decoding:
-            self._tell_decoding(sequence, DecodingInfo(cached_tokens=_cached_prompt(sequence)))
+            telling.computed(self._outputs, sequence)
         self._outputs.delta(sequence.key, sequence.serial, delta)
         if delta.finish:
             self._drop(sequence, now)
 
     def _prefilled(self, sequence: ActiveSequence, first: Delta, now: float) -> None:
         if first.finish:
-            self._tell_prefilled(sequence, first, None, now)
+            telling.prefilled(self._outputs, sequence, first, None, now)
             self._drop(sequence, now)
             return
         sequence.first = first
@@ -331,7 +374,7 @@ class EngineCore:
             handle = self._lender.lend(sequence, now)
             if handle is None:
                 return
-            self._tell_prefilled(sequence, sequence.first, handle, now)
+            telling.prefilled(self._outputs, sequence, sequence.first, handle, now)
             self._drop(sequence, now)
 
     # endings
@@ -342,6 +385,8 @@ class EngineCore:
             self._puller.abandon(sequence, now)
         elif sequence.stage is Stage.LENDING:
             self._unlent.remove(sequence)
+        elif sequence.stage is Stage.COMPILING:
+            self._compiling.remove(sequence)
         self._roster.drop(sequence)
         del self._known[sequence.key]
 
@@ -350,51 +395,5 @@ class EngineCore:
         self._broken = reason
         self._outputs.unhealthy = reason
         for sequence in list(self._known.values()):
-            _note_failed(self._outputs, sequence, "engine", reason)
+            telling.failed(self._outputs, sequence, "engine", reason)
             self._drop(sequence, self._clock())
-
-    # outputs
-
-    def _tell_decoding(self, sequence: ActiveSequence, info: DecodingInfo) -> None:
-        key = sequence.key
-        sequence.told_decoding = True
-        self._outputs.note(key, sequence.serial, lambda outlet: outlet.decoding(key, info))
-
-    def _tell_prefilled(
-        self, sequence: ActiveSequence, first: Delta | None, handle: KvHandle | None, now: float
-    ) -> None:
-        key = sequence.key
-        started_at = now if sequence.started_at is None else sequence.started_at
-        result = PrefillResult(
-            prompt_tokens=sequence.num_prompt,
-            cached_tokens=_cached_prompt(sequence),
-            first=first,
-            handle=handle,
-            queue_s=started_at - sequence.submitted_at,
-            prefill_s=now - started_at,
-        )
-        self._outputs.note(
-            key, sequence.serial, lambda outlet: outlet.prefilled(key, result), ends=True
-        )
-
-    def _tell_progress(
-        self, sequence: ActiveSequence, leg: Leg, done: int, total: int, now: float
-    ) -> None:
-        if now - sequence.reported_at < PROGRESS_S:
-            return
-        sequence.reported_at = now
-        key = sequence.key
-        self._outputs.note(
-            key, sequence.serial, lambda outlet: outlet.progress(key, leg, done, total)
-        )
-
-
-def _note_failed(
-    outputs: TurnOutputs, sequence: ActiveSequence, code: FailureCode, message: str
-) -> None:
-    key, error = sequence.key, EngineError(sequence.leg, code, message)
-    outputs.note(key, sequence.serial, lambda outlet: outlet.failed(key, error), ends=True)
-
-
-def _cached_prompt(sequence: ActiveSequence) -> int:
-    return min(sequence.cached_tokens, sequence.num_prompt)

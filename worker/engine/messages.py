@@ -4,10 +4,12 @@ Values only. It knows neither the thread nor what the messages do.
 """
 
 import asyncio
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from protocol.ids import JobKey
 from worker.engine.base import DecodeJob, PrefillJob
+from worker.engine.grammar import GrammarState
 from worker.handoff.ends import TransferEnd
 
 
@@ -30,6 +32,8 @@ class StepperConfig:
     """Bound on the tokens of all running pulls; None: no bound."""
     max_quarantined_blocks: int | None = None
     """Beyond it the engine is unhealthy; None: half of all blocks."""
+    transport_reasons: Mapping[str, str] = field(default_factory=dict)
+    """Of every known transport: why it runs, or why not."""
     stop_timeout_s: float = 5.0
     validate: bool = False
     """Look at every rule after every turn and before every write: slow, for tests."""
@@ -73,4 +77,13 @@ class OperationEnded:
     end: TransferEnd
 
 
-Message = Submit | Cancel | Renew | Release | Drain | OperationEnded
+@dataclass(frozen=True, slots=True)
+class GrammarMade:
+    """From a thread that compiles: the grammar of an attempt, or why there is none (one line)."""
+
+    key: JobKey
+    serial: int
+    result: GrammarState | str
+
+
+Message = Submit | Cancel | Renew | Release | Drain | OperationEnded | GrammarMade

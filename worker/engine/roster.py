@@ -40,7 +40,7 @@ class Roster:
         state = (self._pool.num_available, self._num_stores)
         if sequence.refused_at == state:
             return False
-        usable = (len(sequence.ids) - 1) // self._block_size
+        usable = self._num_usable(sequence)
         cached = self._pool.match(sequence.hash_full_blocks()[:usable])
         missing = blocks_for(len(sequence.ids), self._block_size) - len(cached)
         spare = 0 if alone else self._watermark
@@ -56,6 +56,29 @@ class Roster:
         sequence.num_computed = len(cached) * self._block_size
         sequence.cached_tokens = sequence.num_computed
         return True
+
+    def follows(self, sequence: ActiveSequence) -> bool:
+        """Whether a running sequence is computing the very blocks that this one would compute
+        next: it waits until they are in the cache, or until that other one runs no more.
+
+        Only what waits follows and only what runs is followed, so nobody waits in a circle.
+        """
+        if sequence.leader is not None:
+            leader, last = sequence.leader
+            if leader.stage is Stage.RUNNING and leader.num_stored <= last:
+                return True
+            sequence.leader = None
+        if sequence.handle is not None:
+            return False
+        hashes = sequence.hash_full_blocks()[: self._num_usable(sequence)]
+        for leader in self.running:
+            at = leader.num_stored
+            theirs = leader.hashes
+            # Hashes are chained: one that is equal says that all before it are.
+            if at < min(len(hashes), len(theirs)) and hashes[at] == theirs[at]:
+                sequence.leader = (leader, _last_common(hashes, theirs, at))
+                return True
+        return False
 
     def run(self, sequence: ActiveSequence) -> None:
         """It takes part in the steps from now on."""
@@ -111,6 +134,14 @@ class Roster:
                 if not self._pool.is_writable(block):
                     raise LocalError(f"block {block} is to be written, and others may read it")
 
+    def _num_usable(self, sequence: ActiveSequence) -> int:
+        """Leading blocks that it may take from the cache. Tokens of the prompt that are to be
+        scored must be computed, from the one before them on."""
+        num_tokens = len(sequence.ids)
+        if sequence.prompt_logprobs is not None:
+            num_tokens = min(num_tokens, len(sequence.prompt_logprobs))
+        return (num_tokens - 1) // self._block_size
+
     def _grow(self, sequence: ActiveSequence, count: int) -> bool:
         """Blocks for `count` more tokens. False: it was put back itself."""
         end = blocks_for(sequence.num_computed + count, self._block_size)
@@ -133,3 +164,15 @@ class Roster:
         sequence.stage = Stage.WAITING
         self.waiting.appendleft(sequence)
         self.num_preempted += 1
+
+
+def _last_common(ours: Sequence[bytes], theirs: Sequence[bytes], first: int) -> int:
+    """The last index at which two chains of hashes agree; they do at `first`."""
+    low, high = first, min(len(ours), len(theirs)) - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        if ours[middle] == theirs[middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

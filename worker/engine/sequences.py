@@ -4,6 +4,7 @@ Everything here is a function of prompt, output and sampling, which is why anoth
 with a choice. It knows no pool, no transfer, no thread and no clock.
 """
 
+import math
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,12 +14,13 @@ from protocol.blocks import block_hashes, content_hash_from, seed_of
 from protocol.handoff import KvHandle
 from protocol.ids import JobKey
 from protocol.jobs import Body
-from protocol.out import Delta, FailureCode, Finish, Leg
+from protocol.out import Delta, FailureCode, Finish, Leg, TokenLogprob
 from protocol.sampling import Sampling
 from text.output import OutputText, ResumeError
 from text.tokenizer import Tokenizer
 from worker.engine.base import DecodeJob, PrefillJob
-from worker.engine.runner import Chunk
+from worker.engine.grammar import GrammarState
+from worker.engine.runner import Chunk, Scores
 
 
 class SequenceRefused(Exception):
@@ -32,6 +34,8 @@ class SequenceRefused(Exception):
 class Stage(Enum):
     """Where a sequence is."""
 
+    COMPILING = "compiling"
+    """For its grammar; holds no blocks."""
     WAITING = "waiting"
     """For blocks or a place; holds no blocks."""
     PULLING = "pulling"
@@ -92,6 +96,12 @@ class ActiveSequence:
     """The state of the pool in which it had no room: not tried again before that changes."""
     first: Delta | None = None
     """A prefill's first token while it waits for a lease slot."""
+    grammar: GrammarState | None = None
+    """Behind the last of `ids`."""
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    """What is known so far, if it was asked for and has not been told; None for the first token."""
+    leader: "tuple[ActiveSequence, int] | None" = None
+    """Who computes a prefix of it, and the last block that they share: see `Roster.follows`."""
 
     @property
     def num_output(self) -> int:
@@ -127,6 +137,9 @@ class ActiveSequence:
         """The next `count` tokens to compute, for the model."""
         start = self.num_computed
         end = start + count
+        scores = None
+        if self.sampling.logprobs >= 0 or self.prompt_logprobs is not None:
+            scores = self._scores()
         return Chunk(
             blocks=self.blocks,
             ids=self.ids[start:end],
@@ -135,15 +148,28 @@ class ActiveSequence:
             sampling=self.sampling,
             output_index=self.num_output,
             num_output=self.num_output,
+            history=self.ids,
+            num_prompt=self.num_prompt,
+            allowed=None if self.grammar is None else self.grammar.allowed,
+            scores=scores,
         )
 
-    def take(self, token: int) -> Delta:
-        """The sampled `token` is the next of the output; what the client gets for it."""
+    def take(self, token: int, scores: Scores | None = None) -> Delta:
+        """The sampled `token` is the next of the output; what the client gets for it.
+
+        Errors: GrammarError if the grammar cannot go on behind it.
+        """
         index = self.num_output
+        if index >= self.sampling.max_tokens:  # only the prompt's log-probabilities were wanted
+            rest, finish, stop = self._flush("length", None)
+            return self._end(self.carry + rest, finish, stop)
         self.ids.append(token)
         text, finish, stop = self._read(token, index)
         text, self.carry = self.carry + text, ""
-        return Delta(self.key.attempt, index, [token], text, finish, stop)
+        delta = Delta(self.key.attempt, index, [token], text, finish, stop)
+        if scores is not None and scores.sampled is not None:
+            delta.logprobs = [scores.sampled]
+        return delta
 
     def end_of_given(self) -> Delta | None:
         """The end of the choice, without a token, if the given output is one already."""
@@ -153,7 +179,10 @@ class ActiveSequence:
         if index and self._ends_choice(self.ids[-1], index - 1):
             text, finish, stop = self._flush("stop", self._token_stop(self.ids[-1]))
             return self._end(self.carry + text, finish, stop)
-        if self._is_full():
+        if self.grammar is not None and self.grammar.is_over:
+            text, finish, stop = self._flush("stop", None)
+            return self._end(self.carry + text, finish, stop)
+        if self._is_full() and self.prompt_logprobs is None:
             text, finish, stop = self._flush("length", None)
             return self._end(self.carry + text, finish, stop)
         return None
@@ -163,7 +192,15 @@ class ActiveSequence:
         blocks, self.blocks = self.blocks, []
         self.num_computed = self.num_stored = 0
         self.refused_at = None
+        self.leader = None
         return blocks
+
+    def _scores(self) -> Scores:
+        scores = Scores(num_top=self.sampling.logprobs)
+        if self.prompt_logprobs is not None:
+            scores.prompt_num_top = self.sampling.prompt_logprobs
+            scores.prompt_from = len(self.prompt_logprobs)
+        return scores
 
     def _read(self, token: int, index: int) -> tuple[str, Finish, str | int | None]:
         if self._ends_choice(token, index):
@@ -173,12 +210,15 @@ class ActiveSequence:
                 shown = self.text.push(token).text
             rest, finish, named = self._flush("stop", stop)
             return shown + rest, finish, named
+        if self.grammar is not None:
+            self.grammar.advance(token)
         piece = self.text.push(token)
         if piece.stop is not None:
             return piece.text, "stop", piece.stop
-        if not self._is_full():
+        is_whole = self.grammar is not None and self.grammar.is_over
+        if not is_whole and not self._is_full():
             return piece.text, "", None
-        rest, finish, named = self._flush("length", None)
+        rest, finish, named = self._flush("stop" if is_whole else "length", None)
         return piece.text + rest, finish, named
 
     def _flush(
@@ -223,6 +263,7 @@ def build_sequence(
     if isinstance(job.prompt, Body):
         raise SequenceRefused("invalid_request", "this engine takes token ids, not a body")
     ids = _checked_ids(job.prompt, job.output_ids, limits)
+    _check_sampling(job.sampling, limits)
     text, carry = _resumed_text(job, tokenizer)
     handle = job.handle if isinstance(job, DecodeJob) else None
     num_prompt = len(job.prompt)
@@ -231,6 +272,8 @@ def build_sequence(
             "handle_mismatch",
             f"the handle is of {handle.num_tokens} tokens, the job of {num_prompt} to {len(ids)}",
         )
+    # Whoever goes on with a choice need not say again what its prompt's tokens are worth.
+    is_scored = job.sampling.prompt_logprobs >= 0 and handle is None and len(ids) == num_prompt
     return ActiveSequence(
         key=job.key,
         serial=serial,
@@ -246,6 +289,8 @@ def build_sequence(
         carry=carry,
         submitted_at=now,
         reported_at=now,
+        stage=Stage.COMPILING if job.sampling.grammar else Stage.WAITING,
+        prompt_logprobs=[None] if is_scored else None,
     )
 
 
@@ -267,6 +312,29 @@ def _checked_ids(prompt: Sequence[int], output: Sequence[int], limits: ModelLimi
             f"{len(ids)} tokens of prompt and output; this worker holds {limits.max_context}",
         )
     return ids
+
+
+def _check_sampling(sampling: Sampling, limits: ModelLimits) -> None:
+    """What would make the model's numbers senseless. Routers have looked at ranges and counts."""
+    numbers = {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "min_p": sampling.min_p,
+        "repetition_penalty": sampling.repetition_penalty,
+        "presence_penalty": sampling.presence_penalty,
+        "frequency_penalty": sampling.frequency_penalty,
+    }
+    for name, number in numbers.items():
+        if not math.isfinite(number):
+            raise SequenceRefused("invalid_request", f"{name} is {number}")
+    if sampling.repetition_penalty <= 0:
+        raise SequenceRefused("invalid_request", "repetition_penalty must be above 0")
+    for token, bias in sampling.logit_bias.items():
+        if not 0 <= token < limits.vocab_size or not math.isfinite(bias):
+            raise SequenceRefused(
+                "invalid_request",
+                f"logit_bias: {bias} for id {token}; the vocabulary has {limits.vocab_size}",
+            )
 
 
 def _resumed_text(job: PrefillJob | DecodeJob, tokenizer: Tokenizer) -> tuple[OutputText, str]:

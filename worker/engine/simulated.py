@@ -5,6 +5,7 @@ into the arena. The next token is drawn from a fold over the **bytes of all posi
 from the blocks that the step names**. So KV that is stale, missing, mixed up or of another prompt
 gives other tokens than `expected_tokens` does, which needs no arena at all. Tokens depend on token
 ids and sampling alone: not on timing, batches, block numbers, or on which worker computed what.
+Penalties, biases and the shape of the distribution change nothing; a grammar is obeyed.
 """
 
 import threading
@@ -15,31 +16,19 @@ from hashlib import blake2b
 from typing import Final
 
 from protocol.errors import ConfigError, LocalError
+from protocol.out import TokenLogprob
 from protocol.sampling import Sampling
 from protocol.worker_info import KvLayout
 from text.assets import ModelAssets, byte_assets
 from text.tokenizer import Tokenizer
 from worker.engine.runner import Chunk
+from worker.engine.simulated_choice import EOS_ID, Fold, draw, scored
 from worker.engine.stepper import Stepper, StepperConfig
 from worker.kv.arena import Arena, LeaseTable, ScratchWords
 from worker.transfer.base import Transfer
 
 _DIGEST_BYTES: Final = 16
-_LETTERS: Final = b"abcdefghijklmnopqrstuvwxyz"
-_SPACE: Final = 32
-_EOS_ID: Final = 257
 _MAX_FOLDS: Final = 4096
-
-
-def _spaces(word_lengths: Sequence[int]) -> tuple[bool, ...]:
-    """For each output index of one round of words: is it the space behind a word?"""
-    pattern: list[bool] = []
-    for length in word_lengths:
-        pattern += [False] * length + [True]
-    return tuple(pattern)
-
-
-_IS_SPACE: Final = _spaces((4, 3, 6, 2, 7, 5, 9, 3, 8))
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +78,7 @@ class SimulatedRunner:
         self._wait = wait
         self._arena: Arena | None = None
         self._seed = _seed(config)
-        self._folds: OrderedDict[int, tuple[Sequence[int], int, blake2b]] = OrderedDict()
+        self._folds: OrderedDict[int, tuple[Sequence[int], int, Fold]] = OrderedDict()
 
     def bind(self, arena: Arena) -> None:
         if arena.block_bytes != self.layout.block_bytes:
@@ -118,7 +107,11 @@ class SimulatedRunner:
         fold = self._fold(chunk)
         if not chunk.sample:
             return None
-        return _draw(fold, chunk.sampling, chunk.output_index, self._config)
+        every, index = self._config.eos_every, chunk.output_index
+        token = draw(fold, chunk.sampling, index, eos_every=every, allowed=chunk.allowed)
+        if chunk.scores is not None and chunk.scores.num_top >= 0:
+            chunk.scores.sampled = scored(fold, index, token, chunk.scores.num_top)
+        return token
 
     def _write(self, chunk: Chunk) -> None:
         """The KV of the chunk's tokens, chained with the bytes that stand before them."""
@@ -133,7 +126,7 @@ class SimulatedRunner:
             at = block * block_bytes + position % block_size * size
             memory[at : at + size] = before
 
-    def _fold(self, chunk: Chunk) -> blake2b:
+    def _fold(self, chunk: Chunk) -> Fold:
         """The fold over all positions up to the end of the chunk, as the arena has them now."""
         end = chunk.start + len(chunk.ids)
         key = id(chunk.blocks)
@@ -141,13 +134,27 @@ class SimulatedRunner:
         known = self._folds.pop(key, None)
         if known is not None and known[1] == chunk.start:
             _, start, fold = known
-        for piece in self._pieces(chunk.blocks, start, end):
-            fold.update(piece)
+        for position in chunk.scored:
+            self._extend(fold, chunk.blocks, start, position)
+            start = position
+            self._score(fold, chunk, position)
+        self._extend(fold, chunk.blocks, start, end)
         # The table is kept with the fold: its identity cannot become another one's meanwhile.
         self._folds[key] = (chunk.blocks, end, fold)
         if len(self._folds) > _MAX_FOLDS:
             self._folds.popitem(last=False)
         return fold
+
+    def _extend(self, fold: Fold, blocks: Sequence[int], start: int, end: int) -> None:
+        for piece in self._pieces(blocks, start, end):
+            fold.update(piece)
+
+    def _score(self, fold: Fold, chunk: Chunk, position: int) -> None:
+        """The prompt's token at `position`, by the fold over all positions before it."""
+        scores, index = chunk.scores, position - chunk.num_prompt
+        if scores is not None:
+            token = chunk.history[position]
+            scores.prompt.append(scored(fold, index, token, scores.prompt_num_top))
 
     def _pieces(self, blocks: Sequence[int], start: int, end: int) -> Iterator[memoryview]:
         """The arena's bytes of positions `start .. end - 1`, block by block."""
@@ -181,11 +188,25 @@ def expected_tokens(
         for token in ids:
             slot = _slot(slot, token, config.kv_bytes_per_token)
             fold.update(slot)
-        ids = [_draw(fold, sampling, len(output), config)]
+        ids = [draw(fold, sampling, len(output), eos_every=config.eos_every)]
         output += ids
-        if ids[0] == _EOS_ID:
+        if ids[0] == EOS_ID:
             break
     return output
+
+
+def expected_logprobs(
+    prompt_ids: Sequence[int], output_ids: Sequence[int], num_top: int, config: SimulatedConfig
+) -> list[TokenLogprob | None]:
+    """Of every token of prompt and output, in order; the first has none."""
+    slot = _seed(config)
+    fold = blake2b(slot, digest_size=_DIGEST_BYTES)
+    found: list[TokenLogprob | None] = []
+    for index, token in enumerate([*prompt_ids, *output_ids], -len(prompt_ids)):
+        found.append(scored(fold, index, token, num_top) if found else None)
+        slot = _slot(slot, token, config.kv_bytes_per_token)
+        fold.update(slot)
+    return found
 
 
 def build_simulated(
@@ -233,18 +254,3 @@ def _slot(before: bytes, token: int, size: int) -> bytes:
     """The KV of one position: a digest of its token and of the position before, repeated."""
     digest = blake2b(before + token.to_bytes(4, "little"), digest_size=_DIGEST_BYTES).digest()
     return (digest * -(-size // _DIGEST_BYTES))[:size]
-
-
-def _draw(fold: blake2b, sampling: Sampling, index: int, config: SimulatedConfig) -> int:
-    """The token of output `index`: a letter, or the space that ends a word, or the end."""
-    drawn = fold.copy()
-    if sampling.temperature > 0:
-        drawn.update(sampling.seed.to_bytes(16, "little", signed=True))
-        drawn.update(index.to_bytes(8, "little"))
-    number = int.from_bytes(drawn.digest()[:8], "little")
-    may_end = not sampling.ignore_eos and index >= sampling.min_tokens
-    if config.eos_every and may_end and number % config.eos_every == 0:
-        return _EOS_ID
-    if _IS_SPACE[index % len(_IS_SPACE)]:
-        return _SPACE
-    return _LETTERS[(number >> 32) % len(_LETTERS)]

@@ -30,6 +30,8 @@ from worker.engine.base import (
     Snapshot,
 )
 from worker.engine.core import EngineCore
+from worker.engine.grammar import GrammarCompiler
+from worker.engine.grammar_desk import GrammarDesk
 from worker.engine.lending import HandleIdentity, Lender
 from worker.engine.messages import Cancel, Drain, Message, Release, Renew, Submit
 from worker.engine.messages import StepperConfig as StepperConfig
@@ -41,7 +43,7 @@ from worker.handoff.sink import Sink
 from worker.handoff.source import Source
 from worker.kv.arena import Arena, LeaseTable, ScratchWords
 from worker.kv.pool import BlockPool
-from worker.transfer.base import Transfer
+from worker.transfer.base import PassedOver, Transfer
 
 _log: Final = logging.getLogger("baton.engine")
 
@@ -74,6 +76,7 @@ class Stepper:
         self._leases = leases
         self._scratch = scratch
         self._transfers = list(transfers)
+        self._reasons = dict(config.transport_reasons)
         self._config = config
         self._assets = assets
         self._clock = clock
@@ -87,6 +90,7 @@ class Stepper:
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._delivery: OutputDelivery | None = None
+        self._grammars: GrammarDesk | None = None
         self._load = Load(0, 0, arena.num_blocks, arena.num_blocks, 0, 0, 0, 0)
         self._stats = EngineStats()
 
@@ -98,9 +102,13 @@ class Stepper:
             tokenizer = await asyncio.to_thread(Tokenizer.from_assets, self._assets)
         except AssetsError as error:
             raise ConfigError(str(error)) from error
+        grammars = GrammarCompiler(tokenizer)
+        if missing := await asyncio.to_thread(grammars.prepare):
+            _log.info("schemas will be refused: %s", missing)
+        self._grammars = GrammarDesk(grammars, self._post)
         await asyncio.to_thread(self._start_memory)
         limits = self._limits()
-        core = self._build_core(tokenizer, limits)
+        core = self._build_core(tokenizer, limits, self._grammars)
         self._load = core.load()
         self._loop = asyncio.get_running_loop()
         self._delivery = OutputDelivery(outlet)
@@ -116,6 +124,7 @@ class Stepper:
             traits=EngineTraits(),
             assets=self._assets,
             transports=tuple(transfer.name for transfer in self._transfers),
+            transport_reasons=self._reasons,
         )
 
     def submit(self, job: PrefillJob | DecodeJob) -> None:
@@ -157,6 +166,8 @@ class Stepper:
         if self._delivery is not None:
             self._delivery.close()
         self._interrupt()
+        if self._grammars is not None:
+            self._grammars.stop()
         self._wake.set()
         ended = True
         if self._thread is not None:
@@ -185,8 +196,16 @@ class Stepper:
         started: list[Transfer] = []
         try:
             for transfer in self._transfers:
-                transfer.start(self._arena, self._leases, self._scratch)
+                try:
+                    transfer.start(self._arena, self._leases, self._scratch)
+                except PassedOver as error:
+                    _log.warning("transfer %s passed over: %s", transfer.name, error)
+                    self._reasons[transfer.name] = f"passed over: {error}"
+                    continue
                 started.append(transfer)
+            if not started and self._transfers:
+                raise ConfigError(f"no transfer could be started: {self._reasons}")
+            self._transfers = started
             self._runner.bind(self._arena)
         except BaseException:
             for transfer in started:
@@ -207,7 +226,9 @@ class Stepper:
             eos_ids=self._runner.eos_ids,
         )
 
-    def _build_core(self, tokenizer: Tokenizer, limits: ModelLimits) -> EngineCore:
+    def _build_core(
+        self, tokenizer: Tokenizer, limits: ModelLimits, grammars: GrammarDesk
+    ) -> EngineCore:
         config, num_blocks = self._config, self._arena.num_blocks
         pool = BlockPool(num_blocks, limits.block_size)
         source = Source(
@@ -232,12 +253,14 @@ class Stepper:
             self._scratch,
             block_bytes=self._arena.block_bytes,
             post=self._post,
+            why=self._reasons,
         )
         return EngineCore(
             self._runner,
             pool,
             Lender(source, identity, offers, nonce=self._nonce),
             puller,
+            grammars,
             tokenizer=tokenizer,
             limits=limits,
             config=config,

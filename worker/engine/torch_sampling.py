@@ -13,31 +13,27 @@ from torch import Tensor
 
 from protocol.sampling import Sampling
 from worker.engine.runner import Chunk
+from worker.engine.torch_logits import adjust, is_adjusted
+from worker.engine.torch_logprobs import raw_rows, score_sampled
 
 _BITS: Final = 52
 """With the half added in the middle of each step, still exact in float64."""
 
 
 def sample(logits: Tensor, chunks: Sequence[Chunk], eos_ids: frozenset[int]) -> list[int]:
-    """The token of each row of `logits` (`[len(chunks), vocab]`, float32; changed in place)."""
+    """The token of each row of `logits` (`[len(chunks), vocab]`, float32; changed in place), and
+    its log-probability where `chunk.scores` asks."""
+    raw = raw_rows(logits, chunks)
     for row, chunk in enumerate(chunks):
-        forbid_end(logits[row], chunk.sampling, chunk.num_output, eos_ids)
+        if is_adjusted(chunk):
+            adjust(logits[row], chunk, eos_ids)
     tokens: list[int] = logits.argmax(dim=-1).tolist()  # the lowest id where some are equal
     for row, chunk in enumerate(chunks):
         if chunk.sampling.temperature > 0:
             number = uniform(chunk.sampling.seed, chunk.output_index)
             tokens[row] = draw(logits[row], chunk.sampling, number)
+    score_sampled(raw, chunks, tokens)
     return tokens
-
-
-def forbid_end(
-    logits: Tensor, sampling: Sampling, num_output: int, eos_ids: frozenset[int]
-) -> None:
-    """Before `min_tokens`, what would end the answer cannot be sampled."""
-    if num_output >= sampling.min_tokens:
-        return
-    ends = [i for i in {*eos_ids, *sampling.stop_token_ids} if 0 <= i < logits.shape[-1]]
-    logits[ends] = float("-inf")
 
 
 def uniform(seed: int, output_index: int) -> float:
@@ -59,24 +55,34 @@ def draw(logits: Tensor, sampling: Sampling, number: float) -> int:
 
 
 def kept_tokens(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """Ids (ascending) that temperature, `top_k` and `top_p` leave, and their probabilities in
-    float64, which sum up to 1 before `top_p` takes its part.
+    """Ids (ascending) that temperature, `top_k`, `top_p` and `min_p` leave, in this order, and
+    their probabilities in float64, which sum up to 1 before `top_p` takes its part.
 
     `top_k` keeps all that equal the k-th; `top_p` keeps the fewest of the most probable (the lower
-    id first among equals) that reach it, so at least one.
+    id first among equals) that reach it, so at least one; `min_p` keeps the most probable and all
+    that have at least that share of its probability.
     """
     ids = _most_likely(logits, sampling.top_k)
     kept = logits[ids].double()
     # The largest is subtracted before the division: no temperature, however small, overflows.
     probabilities = torch.softmax((kept - kept.max()) / sampling.temperature, dim=0)
-    if not 0 <= sampling.top_p < 1:
-        return ids, probabilities
+    if 0 <= sampling.top_p < 1:
+        chosen = _nucleus(probabilities, sampling.top_p)
+        ids, probabilities = ids[chosen], probabilities[chosen]
+    if sampling.min_p > 0:
+        chosen = probabilities >= sampling.min_p * probabilities.max()
+        chosen[probabilities.argmax()] = True
+        ids, probabilities = ids[chosen], probabilities[chosen]
+    return ids, probabilities
+
+
+def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
+    """Places (ascending) of the fewest that reach `top_p`."""
     ordered, order = probabilities.sort(descending=True, stable=True)
     before = ordered.cumsum(0) - ordered
-    within = before < sampling.top_p
+    within = before < top_p
     within[0] = True
-    chosen = order[within].sort().values
-    return ids[chosen], probabilities[chosen]
+    return order[within].sort().values
 
 
 def _most_likely(logits: Tensor, top_k: int) -> Tensor:
@@ -86,4 +92,4 @@ def _most_likely(logits: Tensor, top_k: int) -> Tensor:
         possible &= logits >= logits.topk(top_k).values[-1]
     ids = possible.nonzero().view(-1)
     # Everything is forbidden, or nothing is a number: the first token, as greedy would.
-    return ids if len(ids) else torch.zeros(1, dtype=torch.int64)
+    return ids if len(ids) else ids.new_zeros(1)

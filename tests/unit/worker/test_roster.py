@@ -1,5 +1,7 @@
 """Who gets blocks, who gives them back, and in which order."""
 
+import pytest
+
 from protocol.sampling import Sampling
 from tests.unit.worker.engine_world import new_key, prompt_of
 from text.assets import byte_assets
@@ -101,3 +103,31 @@ def test_blocks_of_a_new_stay_are_a_new_table() -> None:
     floor.roster.drop(sequence)
     assert sequence.blocks is not table
     assert floor.pool.num_available == 4
+
+
+@pytest.mark.parametrize("num_common", [0, 3, 4, 7, 12, 23, 24])
+def test_follower_waits_for_the_blocks_it_shares_and_no_longer(num_common: int) -> None:
+    """Block by block: it goes as soon as all that is common and full is stored."""
+    floor = Floor(40)
+    leader = floor.enter(24)
+    ids = list(leader.ids[:num_common]) + [251] * (24 - num_common)
+    job = DecodeJob(new_key(), "c/0", ids, Sampling(99))
+    follower = build_sequence(job, LIMITS, TOKENIZER, serial=9, now=0.0)
+    shared = min(num_common, 23) // 4
+    for stored in range(7):
+        assert leader.num_stored == stored or stored == 6
+        assert floor.roster.follows(follower) is (stored < shared)
+        leader.num_computed = min(4 * (stored + 1), 24)
+        floor.roster.store_full_blocks(leader)
+    assert floor.roster.place(follower, alone=True)
+    assert follower.num_computed == 4 * shared
+
+
+def test_follower_of_one_that_is_put_back_goes_itself() -> None:
+    floor = Floor(40)
+    leader = floor.enter(24)
+    job = DecodeJob(new_key(), "c/0", list(leader.ids), Sampling(99))
+    follower = build_sequence(job, LIMITS, TOKENIZER, serial=9, now=0.0)
+    assert floor.roster.follows(follower)
+    floor.roster.drop(leader)
+    assert not floor.roster.follows(follower)
