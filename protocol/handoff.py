@@ -40,6 +40,19 @@ class FabricOffer(msgspec.Struct, tag="fabric", array_like=True, frozen=True):
     device: int = 0
     port: int = 0
     host: str = ""
+    host_id: str = ""
+    """Kernel's boot id and pid namespace of the source, as in `ShmOffer.boot_id`."""
+    pid: int = 0
+    """With `host_id`: whose memory a sink on the same host can try to read. 0: not said."""
+    arena_bytes: int = 0
+    lease_bytes: int = 0
+    kind: str = "host"
+    """Where the arena lies: "host" or "cuda" (then `device` is the GPU's number)."""
+    token: str = ""
+    """The lease table's last bytes, as in `ShmOffer`: what a sink that tries to read our memory
+    must find there. Empty: the library would not read directly here, nothing is to be tried."""
+    rdma: bool = False
+    """The source has an active RDMA port."""
 
 
 Offer = ShmOffer | TcpOffer | FabricOffer

@@ -35,18 +35,18 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     cache_salt: str | None = None
-    # Known, not supported here: see UNSUPPORTED.
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
     min_p: float | None = None
     logit_bias: dict[str, float] | None = None
     response_format: dict[str, Any] | None = None
-    guided_json: Any = None
+    guided_json: str | dict[str, Any] | bool | None = None
+    structured_outputs: dict[str, Any] | None = None
+    # Known, not supported here: see UNSUPPORTED.
     guided_regex: Any = None
     guided_choice: Any = None
     guided_grammar: Any = None
-    structured_outputs: Any = None
     prompt_logprobs: Any = None
     use_beam_search: bool | None = None
 
@@ -77,39 +77,27 @@ class CompletionRequest(SamplingFields, kw_only=True):
 
 
 UNSUPPORTED: Final[dict[str, tuple[Any, ...]]] = {
-    "presence_penalty": (0, 0.0),
-    "frequency_penalty": (0, 0.0),
-    "repetition_penalty": (1, 1.0),
-    "min_p": (0, 0.0),
-    "logit_bias": ({},),
-    "response_format": ({"type": "text"},),
-    "guided_json": (),
     "guided_regex": (),
     "guided_choice": (),
     "guided_grammar": (),
-    "structured_outputs": (),
     "prompt_logprobs": (),
     "use_beam_search": (False,),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
     "modalities": (["text"],),
     "audio": (),
     "chat_template": (),
     "continue_final_message": (False,),
-    "echo": (False,),
     "suffix": ("",),
-    "best_of": (1,),
 }
 """Field -> values that ask for nothing. None (absent or null) always asks for nothing."""
 
 
 def _asks(value: Any, neutral: tuple[Any, ...]) -> bool:
-    """Whether a field's value wants what we do not have. `logprobs: 0` does, `false` does not:
-    Python takes the two for equal."""
+    """Whether a field's value wants what we do not have. 0 and false are two things here, which
+    Python takes for equal."""
     if value is None:
         return False
     return not any(

@@ -101,6 +101,10 @@ class Decoding(msgspec.Struct, tag="d", array_like=True, frozen=True):
     transfer_s: float = 0.0
     prompt_logprobs: list[TokenLogprob | None] | None = None
     """As in `Prefilled`, where this worker prefilled for itself."""
+    source: str = ""
+    """The worker the KV was pulled from."""
+    transport_reason: str = ""
+    """Why that transport and no other, for people."""
 
 
 class StepFrame(msgspec.Struct, tag="f", array_like=True, gc=False):

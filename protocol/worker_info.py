@@ -68,3 +68,5 @@ class WorkerInfo(msgspec.Struct, frozen=True):
     started_at_ms: int = 0
     labels: dict[str, str] = {}
     draining: bool = False
+    transport_reasons: dict[str, str] = {}
+    """Of every known transport: why it runs here, or why not; for people."""

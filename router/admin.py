@@ -80,6 +80,7 @@ class Admin:
                 "inflight": self._dispatch.num_inflight,
                 "queued": self._dispatch.scheduler.num_queued,
                 "workers": workers,
+                "kv_transfers": self._metrics.pairs.for_people(),
             }
         )
 

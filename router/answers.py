@@ -15,6 +15,8 @@ _encode: Final = msgspec.json.Encoder().encode
 _CHUNK_OBJECT: Final = {"chat": "chat.completion.chunk", "text": "text_completion"}
 _OBJECT: Final = {"chat": "chat.completion", "text": "text_completion"}
 DONE: Final = b"[DONE]"
+_FINISH: Final = b',"finish_reason":'
+"""The last field of every choice."""
 
 
 class Answer:
@@ -55,10 +57,10 @@ class ChunkTemplate:
         self._first = answer.kind == "chat"
         if answer.kind == "chat":
             self._head = opening + b',"delta":{'
-            self._mid = b'},"finish_reason":'
+            self._mid = b"}" + _FINISH
         else:
             self._head = opening + b',"text":'
-            self._mid = b',"finish_reason":'
+            self._mid = _FINISH
         self._tail = b"null}]}"
 
     def chunk(self, text: str, finish: str = "") -> bytes:
@@ -76,13 +78,26 @@ class ChunkTemplate:
             return self._head + inner + self._mid + _encode(finish) + b"}]}"
         return self._head + inner + self._mid + self._tail
 
+    def chunk_with(self, text: str, finish: str, logprobs: bytes) -> bytes:
+        """The same with the JSON of its tokens' log-probabilities."""
+        plain = self.chunk(text, finish)
+        at = plain.rindex(_FINISH)
+        return plain[:at] + b',"logprobs":' + (logprobs or b"null") + plain[at:]
 
-def whole_choice(kind: Kind, index: int, text: str, finish: str) -> dict[str, Any]:
+
+def whole_choice(
+    kind: Kind, index: int, text: str, finish: str, logprobs: bytes = b""
+) -> dict[str, Any]:
     """One entry of `choices` in an answer that is not streamed."""
+    choice: dict[str, Any] = {"index": index}
     if kind == "chat":
-        message = {"role": "assistant", "content": text}
-        return {"index": index, "message": message, "finish_reason": finish}
-    return {"index": index, "text": text, "finish_reason": finish}
+        choice["message"] = {"role": "assistant", "content": text}
+    else:
+        choice["text"] = text
+    if logprobs:
+        choice["logprobs"] = msgspec.Raw(logprobs)
+    choice["finish_reason"] = finish
+    return choice
 
 
 def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:

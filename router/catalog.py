@@ -9,7 +9,7 @@ import logging
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
 
 from protocol.bus import Bus
 from protocol.codec import encode
@@ -17,6 +17,8 @@ from protocol.errors import BusError, ClientError
 from protocol.jobs import GetAssets, JobEnvelope
 from protocol.subjects import Subjects
 from protocol.worker_info import WorkerInfo
+from router.logprobs import TokenNames
+from router.sampling_options import Defaults, read_defaults
 from text.assets import GENERATION_CONFIG_FILE, AssetsError, decode
 from text.template import ChatTemplate
 from text.tokenizer import Tokenizer
@@ -31,20 +33,11 @@ MAX_TEXTS: Final = 32
 
 
 @dataclass(frozen=True, slots=True)
-class Defaults:
-    """What `generation_config.json` sets where the client sets nothing."""
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    max_tokens: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Text:
     """The text side of one assets digest."""
 
     tokenizer: Tokenizer
+    names: TokenNames
     template: ChatTemplate
     defaults: Defaults
 
@@ -55,6 +48,7 @@ class ServedModel:
 
     name: str
     tokenizer: Tokenizer
+    names: TokenNames
     template: ChatTemplate
     defaults: Defaults
     max_context: int
@@ -148,6 +142,7 @@ class Catalog:
         return ServedModel(
             name=name,
             tokenizer=text.tokenizer,
+            names=text.names,
             template=text.template,
             defaults=text.defaults,
             max_context=info.capacity.max_context,
@@ -222,23 +217,10 @@ def _load(payload: bytes, digest: str) -> Text:
     assets = decode(payload)
     if assets.digest != digest:
         raise AssetsError("the worker sent other assets than it announced")
+    tokenizer = Tokenizer.from_assets(assets)
     return Text(
-        Tokenizer.from_assets(assets),
+        tokenizer,
+        TokenNames(tokenizer),
         ChatTemplate.from_assets(assets),
-        _defaults(assets.json(GENERATION_CONFIG_FILE)),
-    )
-
-
-def _defaults(config: dict[str, Any]) -> Defaults:
-    def number(key: str, default: float) -> float:
-        value = config.get(key)
-        return float(value) if isinstance(value, int | float) else default
-
-    limit = config.get("max_new_tokens")
-    greedy = config.get("do_sample") is False
-    return Defaults(
-        temperature=0.0 if greedy else number("temperature", 1.0),
-        top_p=number("top_p", 1.0),
-        top_k=int(number("top_k", 0)) if not greedy else 0,
-        max_tokens=limit if isinstance(limit, int) and limit > 0 else None,
+        read_defaults(assets.json(GENERATION_CONFIG_FILE)),
     )

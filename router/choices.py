@@ -7,9 +7,11 @@ from array import array
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import msgspec
+
 from protocol.errors import ClientError
 from protocol.jobs import Prompt
-from protocol.out import Delta
+from protocol.out import Delta, TokenLogprob
 from protocol.sampling import Sampling
 
 
@@ -26,6 +28,12 @@ class ChoiceSpec:
     sampling: Sampling
     model_digest: str = ""
     cache_salt: str = ""
+    siblings: str = ""
+    """The same for all choices of one request that have one prompt; empty if it is the only one."""
+    scores_only: bool = False
+    """The client wants no output: the one token that a worker cannot but make is not its own."""
+    grammar_param: str = ""
+    """The parameter that asked for the grammar: what a worker says against it is about that."""
 
 
 class ChoiceSink(Protocol):
@@ -58,6 +66,25 @@ class Choice:
     lent_at: float = 0.0
     """When the handle that it holds arrived; 0 while it holds none."""
     attempts: set[int] = field(default_factory=set)
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+
+    @property
+    def lacks_prompt(self) -> bool:
+        """The prompt's log-probabilities were asked for and have not come."""
+        return self.spec.sampling.prompt_logprobs >= 0 and self.prompt_logprobs is None
+
+    @property
+    def sampling(self) -> Sampling:
+        """Of the next attempt, which is asked for nothing that is here already."""
+        sampling = self.spec.sampling
+        if self.prompt_logprobs is None:
+            return sampling
+        return msgspec.structs.replace(sampling, prompt_logprobs=-1)
+
+    @property
+    def num_shown(self) -> int:
+        """Output tokens that are the client's."""
+        return 0 if self.spec.scores_only else len(self.output)
 
     @property
     def id(self) -> str:

@@ -143,6 +143,7 @@ class Dispatch:
                 max_tokens=spec.sampling.max_tokens,
                 cache_salt=spec.cache_salt,
                 model_digest=spec.model_digest,
+                siblings=spec.siblings,
             )
         )
 
@@ -271,7 +272,7 @@ class Dispatch:
                 command.attempt,
                 spec.choice,
                 spec.prompt,
-                spec.sampling,
+                choice.sampling,
                 output,
                 choice.chars,
                 spec.cache_salt,
@@ -281,7 +282,7 @@ class Dispatch:
                 command.attempt,
                 spec.choice,
                 spec.prompt,
-                spec.sampling,
+                choice.sampling,
                 command.handle,
                 output,
                 choice.chars,
@@ -310,7 +311,8 @@ class Dispatch:
                 command.leg,
                 command.code,
             )
-        choice.sink.ended(choice, None if completed else client_error(command))
+        param = choice.spec.grammar_param or None
+        choice.sink.ended(choice, None if completed else client_error(command, param))
 
     def _note(self, note: cmd.Note) -> None:
         self._metrics.note(note.kind, note.cause)

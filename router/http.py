@@ -24,7 +24,7 @@ from router.metrics import RouterMetrics
 from router.nats_api import model_entry, models_body
 from router.requests import Front, Prepared
 from router.running import Running
-from router.sinks import CollectSink, StreamSink
+from router.sinks import collect_sink, stream_sink
 from router.streams import SseWriter
 
 _log = logging.getLogger("baton.router")
@@ -154,24 +154,17 @@ class HttpApi:
         writer = SseWriter(
             request_id, stall_s=self._client_stall_s, ping_s=self._ping_s, on_stall=on_stall
         )
-        sink = StreamSink(
-            prepared.answer,
-            prepared.specs,
-            prepared.n,
-            self._dispatch.cancel,
-            writer,
-            include_usage=prepared.include_usage,
-        )
+        sink = stream_sink(prepared, self._dispatch.cancel, writer)
         self._running.start(request_id, prepared, sink)
         return await writer.serve(request, headers)
 
     async def _collect(
         self, request_id: str, prepared: Prepared, headers: Mapping[str, str]
     ) -> web.Response:
-        sink = CollectSink(prepared.answer, prepared.specs, prepared.n, self._dispatch.cancel)
+        sink = collect_sink(prepared, self._dispatch.cancel)
         self._running.start(request_id, prepared, sink)
         await sink.done.wait()
-        return json_response(sink.body(), headers=headers)
+        return json_response(await sink.rendered(), headers=headers)
 
     # --- bodies ---
 

@@ -30,6 +30,7 @@ from protocol.out import (
 from protocol.subjects import Subjects
 from router.choices import Choice
 from router.metrics import RouterMetrics
+from router.pairs import Way
 from router.scheduling import events as ev
 
 _log = logging.getLogger("baton.router")
@@ -206,11 +207,10 @@ class Inbox:
             if delta.index > have and not asked_now:  # something before it was lost
                 self.ask_replay(delta.attempt, entry, now)
             return
+        if not have and not self._begins(entry, delta, now):
+            return
         choice.output.extend(delta.ids)
         choice.chars += len(delta.text)
-        if not choice.first_at:
-            choice.first_at = now
-            self._metrics.first_token(choice.spec.model, now - choice.arrived_at)
         choice.last_at = now
         choice.finish = delta.finish
         try:
@@ -221,6 +221,19 @@ class Inbox:
             return
         if delta.finish and entry.leg == "decode":
             self._feed(ev.Ended(delta.attempt))
+
+    def _begins(self, entry: Attempt, delta: Delta, now: float) -> bool:
+        """Whether a stream may have its first token: not before what belongs in front of it, which
+        was lost if the token is here. A worker that has said its part has no more to say."""
+        choice = entry.choice
+        if choice.lacks_prompt and not (entry.prefilled or entry.decoding):
+            if now - entry.asked_at >= REPLAY_S:
+                self.ask_replay(delta.attempt, entry, now)
+            return False
+        if not choice.first_at:
+            choice.first_at = now
+            self._metrics.first_token(choice.spec.model, now - choice.arrived_at)
+        return True
 
     def _on_outcome(self, envelope: OutEnvelope, out: Out, now: float) -> None:
         if isinstance(out, StepFrame):
@@ -279,6 +292,8 @@ class Inbox:
             choice.lent_at = now
         if not choice.output:
             choice.cached_tokens = out.cached_tokens
+        if choice.prompt_logprobs is None:
+            choice.prompt_logprobs = out.prompt_logprobs
         self._metrics.prefilled(choice.spec.model, out.queue_s, out.prefill_s)
         if out.first is not None:
             self._deliver(entry, out.first, now)
@@ -291,10 +306,15 @@ class Inbox:
             entry.decoding = True
             if not choice.output and out.cached_tokens:
                 choice.cached_tokens = out.cached_tokens
+            if choice.prompt_logprobs is None:
+                choice.prompt_logprobs = out.prompt_logprobs
             if out.transport:
                 self._metrics.transfer(
                     choice.spec.model, out.transport, out.transfer_bytes, out.transfer_s
                 )
+            if out.source:
+                way = Way(out.transport, out.transport_reason)
+                self._metrics.pairs.used(out.source, entry.worker, way, out.transfer_bytes)
             if choice.lent_at:
                 self._metrics.handle_used(choice.spec.model, now - choice.lent_at)
                 choice.lent_at = 0.0

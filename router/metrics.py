@@ -4,6 +4,8 @@ from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from router.pairs import TransferPairs
+
 _TIMES: Final = (
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120,
 )  # fmt: skip
@@ -106,6 +108,7 @@ class RouterMetrics:
         self.registry_fresh = Gauge(
             "baton_discovery_synced", "1 while the worker list is in step with etcd.", registry=r
         )
+        self.pairs = TransferPairs()
         self._models: dict[str, _ModelMetrics] = {}
 
     def _of(self, model: str) -> _ModelMetrics:

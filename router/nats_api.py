@@ -18,7 +18,7 @@ from router.answers import to_json
 from router.dispatch import Dispatch
 from router.requests import Front, Prepared
 from router.running import Running
-from router.sinks import CollectSink, StreamSink, error_json
+from router.sinks import collect_sink, error_json, stream_sink
 
 _log = logging.getLogger("baton.router")
 
@@ -162,21 +162,14 @@ class NatsApi:
         cancel = self._dispatch.cancel
         try:
             if prepared.stream:
-                stream = StreamSink(
-                    prepared.answer,
-                    prepared.specs,
-                    prepared.n,
-                    cancel,
-                    writer,
-                    include_usage=prepared.include_usage,
-                )
+                stream = stream_sink(prepared, cancel, writer)
                 self._running.start(request_id, prepared, stream)
                 await over.wait()
             else:
-                whole = CollectSink(prepared.answer, prepared.specs, prepared.n, cancel)
+                whole = collect_sink(prepared, cancel)
                 self._running.start(request_id, prepared, whole)
                 await whole.done.wait()
-                writer.write(whole.body())
+                writer.write(await whole.rendered())
                 writer.finish()
         finally:
             self._dispatch.inbox.unwatch_client(token)

@@ -34,13 +34,15 @@ OUTCOMES: Final[dict[str, Told]] = {
 }
 
 
-def client_error(end: EndChoice) -> ClientError:
-    """What the client of this ended choice gets; names the leg."""
+def client_error(end: EndChoice, param: str | None = None) -> ClientError:
+    """What the client of this ended choice gets; names the leg. `param`: the field that a worker
+    could not obey, if it is known."""
     told = OUTCOMES.get(end.code, Told(500, None))
     message = end.message or end.code.replace("_", " ")
     return ClientError(
         told.status,
         f"{message} [leg: {end.leg}]" if end.leg != "queue" else message,
         code=end.code,
+        param=param if end.code == "invalid_request" else None,
         retry_after_s=end.retry_after_s or told.retry_after_s,
     )

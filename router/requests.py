@@ -6,10 +6,13 @@ thread (the tokenizer lets go of the GIL); short ones on the loop, where a threa
 
 import asyncio
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final
+
+from msgspec.structs import replace
 
 from protocol.blocks import pack_ids
 from protocol.errors import ClientError
@@ -23,20 +26,26 @@ from protocol.openai import (
     decode_completion,
 )
 from protocol.sampling import Sampling
-from router.answers import Answer
+from router.answers import Answer, Kind
 from router.catalog import Catalog, ServedModel
 from router.choices import ChoiceSpec
+from router.details import Wanted
+from router.echo import Echo, echo_of
+from router.grammar_options import grammar_of
+from router.sampling_options import SEED_SPACE, check_min_tokens, in_range, invalid, resolve
 from text.chat import MessagesError, template_messages
 from text.template import TemplateError
 from text.tokenizer import LONG_TEXT_CHARS
 
 COMPLETION_MAX_TOKENS: Final = 16
 MAX_N: Final = 128
-MAX_STOPS: Final = 16
-MAX_STOP_CHARS: Final = 1024
-MAX_STOP_IDS: Final = 128
 MAX_SALT_CHARS: Final = 256
-_SEED_SPACE: Final = 1 << 63
+LONG_PROMPT_TOKENS: Final = 4096
+"""From here on decoding a prompt takes milliseconds."""
+MAX_ENTRIES: Final = 1 << 18
+"""Log-probabilities of echoed prompts in one answer: each a string and a number of JSON."""
+MAX_STREAMED_ENTRIES: Final = 1 << 16
+"""The same of a stream, which is written on the loop: a tenth of a second for the others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +57,8 @@ class Prepared:
     n: int
     stream: bool
     include_usage: bool
+    wanted: Wanted | None = None
+    """What it wants beside text; None for most."""
 
 
 class Front:
@@ -76,8 +87,7 @@ class Front:
         else:  # a template may compute for half a second
             text = await asyncio.to_thread(self._render, request, model)
         [ids] = await _encode(model, [text], "messages", add_special_tokens=False)
-        limit = request.max_completion_tokens
-        return self._prepared(request, request_id, model, [ids], limit, "chat")
+        return self._prepared(request, request_id, model, [ids])
 
     async def completion(self, body: bytes, request_id: str) -> Prepared:
         """`/v1/completions`. Raises ClientError."""
@@ -87,21 +97,23 @@ class Front:
         self._check(request, num_prompts=len(prompt) if is_batch else 1)
         model = await self._catalog.served(_model_name(request))
         prompts = await _prompts(request, model)
-        return self._prepared(request, request_id, model, prompts, None, "text")
+        echoes = await _echoes(request, model, prompts) if request.echo else ()
+        return self._prepared(request, request_id, model, prompts, echoes)
 
     def _check(self, request: SamplingFields, *, num_prompts: int) -> None:
         """What can be said before anything costs time. Raises ClientError."""
         n = 1 if request.n is None else request.n
-        _in_range("n", n, 1, MAX_N)
+        in_range("n", n, 1, MAX_N)
+        if isinstance(request, CompletionRequest) and request.best_of not in (None, 1, n):
+            raise invalid("best_of", "`best_of` must be 1 or `n`: no choice is thrown away")
         if n * num_prompts > self._max_choices:
             message = f"{n * num_prompts} choices in one request; at most {self._max_choices}"
             raise ClientError(400, message, code="too_many_choices", param="n")
         if request.stream_options is not None and not request.stream:
             message = "`stream_options` is only allowed when `stream` is true"
-            raise ClientError(400, message, code="invalid_value", param="stream_options")
+            raise invalid("stream_options", message)
         if len(request.cache_salt or "") > MAX_SALT_CHARS:
-            message = f"`cache_salt` has at most {MAX_SALT_CHARS} characters"
-            raise ClientError(400, message, code="invalid_value", param="cache_salt")
+            raise invalid("cache_salt", f"`cache_salt` has at most {MAX_SALT_CHARS} characters")
 
     def _render(self, request: ChatRequest, model: ServedModel) -> str:
         try:
@@ -126,35 +138,74 @@ class Front:
         request_id: str,
         model: ServedModel,
         prompts: list[list[int]],
-        limit: int | None,
-        kind: str,
+        echoes: Sequence[Echo] = (),
     ) -> Prepared:
         n = 1 if request.n is None else request.n
-        seed = request.seed if request.seed is not None else self._rng.randrange(_SEED_SPACE)
+        seed = request.seed if request.seed is not None else self._rng.randrange(SEED_SPACE)
+        grammar, grammar_param = grammar_of(request)
+        common = resolve(request, model.defaults, model.tokenizer.vocab_size, grammar)
+        scores_only = bool(echoes) and request.max_tokens == 0
+        if echoes:
+            limit = MAX_STREAMED_ENTRIES if request.stream else MAX_ENTRIES
+            _check_entries(n * sum(map(len, prompts)) * (common.logprobs + 1), limit)
+        siblings = _siblings(prompts, n, request_id)
         specs = []
         for p, ids in enumerate(prompts):
-            max_tokens = _max_tokens(request, limit, len(ids), model, kind)
+            max_tokens = _max_tokens(request, len(ids), model, scores_only=scores_only)
+            check_min_tokens(common.min_tokens, 0 if scores_only else max_tokens)
             prompt = Tokens(pack_ids(ids))
             for i in range(n):
-                index = p * n + i
+                sampling = replace(
+                    common,
+                    max_tokens=max_tokens,
+                    seed=(seed + i) % SEED_SPACE,
+                    prompt_logprobs=common.logprobs if echoes and i == 0 else -1,
+                )
                 specs.append(
                     ChoiceSpec(
-                        choice=choice_id(request_id, index),
-                        index=index,
+                        choice=choice_id(request_id, p * n + i),
+                        index=p * n + i,
                         model=model.name,
                         prompt=prompt,
                         num_prompt_tokens=len(ids),
-                        sampling=_sampling(request, model, max_tokens, seed + i),
+                        sampling=sampling,
                         model_digest=model.model_digest,
                         cache_salt=request.cache_salt or "",
+                        siblings=siblings[p],
+                        scores_only=scores_only,
+                        grammar_param=grammar_param,
                     )
                 )
         options = request.stream_options
-        answer = Answer(
-            "chat" if kind == "chat" else "text", request_id, model.name, int(self._wall_clock())
-        )
+        kind: Kind = "chat" if isinstance(request, ChatRequest) else "text"
+        answer = Answer(kind, request_id, model.name, int(self._wall_clock()))
         include_usage = bool(options is not None and options.include_usage)
-        return Prepared(answer, specs, n, bool(request.stream), include_usage)
+        wanted = _wanted(common, model, echoes)
+        return Prepared(answer, specs, n, bool(request.stream), include_usage, wanted)
+
+
+def _wanted(common: Sampling, model: ServedModel, echoes: Sequence[Echo]) -> Wanted | None:
+    if common.logprobs < 0 and not echoes:
+        return None
+    skip = common.skip_special_tokens
+    return Wanted(model.tokenizer, model.names, common.logprobs >= 0, skip, echoes)
+
+
+def _siblings(prompts: list[list[int]], n: int, request_id: str) -> list[str]:
+    """For each prompt the name that it shares with its equals; empty where it has one choice."""
+    if len(prompts) == 1:
+        return [request_id if n > 1 else ""]
+    firsts: dict[tuple[int, ...], int] = {}
+    found = [firsts.setdefault(tuple(ids), p) for p, ids in enumerate(prompts)]
+    counts = Counter(found)
+    return [f"{request_id}/{first}" if n * counts[first] > 1 else "" for first in found]
+
+
+def _check_entries(entries: int, limit: int) -> None:
+    """Raises ClientError."""
+    if entries > limit:
+        message = f"`logprobs` of echoed prompts: {entries} numbers; at most {limit} in one answer"
+        raise invalid("logprobs", message)
 
 
 def _model_name(request: SamplingFields) -> str:
@@ -186,7 +237,7 @@ async def _prompts(request: CompletionRequest, model: ServedModel) -> list[list[
     if isinstance(prompt, str):
         return await _encode(model, [prompt], "prompt", add_special_tokens=True)
     if not prompt:
-        raise ClientError(400, "`prompt` is empty", code="invalid_value", param="prompt")
+        raise invalid("prompt", "`prompt` is empty")
     texts = [part for part in prompt if isinstance(part, str)]
     if len(texts) == len(prompt):
         return await _encode(model, texts, "prompt", add_special_tokens=True)
@@ -200,38 +251,70 @@ async def _prompts(request: CompletionRequest, model: ServedModel) -> list[list[
     raise ClientError(400, message, code="invalid_type", param="prompt")
 
 
+async def _echoes(
+    request: CompletionRequest, model: ServedModel, prompts: list[list[int]]
+) -> list[Echo]:
+    """Long prompts, and many short ones, in a thread."""
+    given = [request.prompt] if isinstance(request.prompt, str) else request.prompt
+    texts = [part for part in given if isinstance(part, str)]
+
+    def echoes() -> list[Echo]:
+        return [
+            echo_of(
+                texts[p] if texts else None,
+                ids,
+                model.tokenizer,
+                skip_special_tokens=request.skip_special_tokens is not False,
+                with_offsets=request.logprobs is not None,
+            )
+            for p, ids in enumerate(prompts)
+        ]
+
+    if sum(map(len, prompts)) < LONG_PROMPT_TOKENS:
+        return echoes()
+    return await asyncio.to_thread(echoes)
+
+
 def _checked_ids(ids: list[int], model: ServedModel) -> list[int]:
     vocab = model.tokenizer.vocab_size
     if not ids:
-        raise ClientError(400, "`prompt` has no tokens", code="invalid_value", param="prompt")
+        raise invalid("prompt", "`prompt` has no tokens")
     low, high = min(ids), max(ids)
     if low < 0 or high >= vocab:
         wrong = low if low < 0 else high
-        message = f"token id {wrong} is outside the vocabulary of {vocab}"
-        raise ClientError(400, message, code="invalid_value", param="prompt")
+        raise invalid("prompt", f"token id {wrong} is outside the vocabulary of {vocab}")
     return ids
 
 
 def _max_tokens(
-    request: SamplingFields, limit: int | None, num_prompt: int, model: ServedModel, kind: str
+    request: ChatRequest | CompletionRequest,
+    num_prompt: int,
+    model: ServedModel,
+    *,
+    scores_only: bool,
 ) -> int:
+    """As the wire says it: a worker makes at least one token."""
+    is_chat = isinstance(request, ChatRequest)
+    limit = request.max_completion_tokens if isinstance(request, ChatRequest) else None
     name = "max_completion_tokens" if limit is not None else "max_tokens"
     wanted = limit if limit is not None else request.max_tokens
     room = model.max_context - num_prompt
     if num_prompt == 0:
-        raise ClientError(400, "the prompt has no tokens", code="invalid_value", param="prompt")
+        raise invalid("prompt", "the prompt has no tokens")
     if room < 1:
         message = (
             f"the prompt has {num_prompt} tokens; this model's context is {model.max_context}"
             " tokens, prompt and completion together"
         )
-        param = "messages" if kind == "chat" else "prompt"
+        param = "messages" if is_chat else "prompt"
         raise ClientError(400, message, code="context_length_exceeded", param=param)
+    if scores_only:
+        return 1
     if wanted is None:
-        default = model.defaults.max_tokens or (room if kind == "chat" else COMPLETION_MAX_TOKENS)
+        default = model.defaults.max_tokens or (room if is_chat else COMPLETION_MAX_TOKENS)
         return min(default, room)
     if wanted < 1:
-        raise ClientError(400, f"`{name}` must be at least 1", code="invalid_value", param=name)
+        raise invalid(name, f"`{name}` must be at least 1 (0 goes with `echo` only)")
     if wanted > room:
         message = (
             f"{num_prompt} prompt tokens and `{name}` {wanted} exceed this model's context of "
@@ -239,55 +322,3 @@ def _max_tokens(
         )
         raise ClientError(400, message, code="context_length_exceeded", param=name)
     return wanted
-
-
-def _sampling(request: SamplingFields, model: ServedModel, max_tokens: int, seed: int) -> Sampling:
-    defaults = model.defaults
-    temperature = defaults.temperature if request.temperature is None else request.temperature
-    top_p = defaults.top_p if request.top_p is None else request.top_p
-    top_k = defaults.top_k if request.top_k is None else request.top_k
-    min_tokens = request.min_tokens or 0
-    _in_range("temperature", temperature, 0.0, 2.0)
-    _in_range("top_p", top_p, 0.0, 1.0)
-    _in_range("top_k", top_k, -1, 1 << 31)
-    _in_range("min_tokens", min_tokens, 0, max_tokens)
-    if top_p == 0.0:
-        raise ClientError(400, "`top_p` must be above 0", code="invalid_value", param="top_p")
-    return Sampling(
-        max_tokens=max_tokens,
-        temperature=float(temperature),
-        top_p=float(top_p),
-        top_k=max(top_k, 0),
-        seed=seed % _SEED_SPACE,
-        stop=_stops(request),
-        stop_token_ids=_stop_ids(request, model),
-        min_tokens=min_tokens,
-        ignore_eos=bool(request.ignore_eos),
-        include_stop=bool(request.include_stop_str_in_output),
-        skip_special_tokens=request.skip_special_tokens is not False,
-    )
-
-
-def _in_range(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
-        message = f"`{name}` must be from {low:g} to {high:g}"
-        raise ClientError(400, message, code="invalid_value", param=name)
-
-
-def _stop_ids(request: SamplingFields, model: ServedModel) -> list[int]:
-    ids = request.stop_token_ids or []
-    vocab = model.tokenizer.vocab_size
-    if len(ids) > MAX_STOP_IDS or not all(0 <= token_id < vocab for token_id in ids):
-        message = f"`stop_token_ids` takes at most {MAX_STOP_IDS} ids from 0 to {vocab - 1}"
-        raise ClientError(400, message, code="invalid_value", param="stop_token_ids")
-    return ids
-
-
-def _stops(request: SamplingFields) -> list[str]:
-    stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
-    if len(stop) > MAX_STOPS or any(len(text) > MAX_STOP_CHARS for text in stop):
-        message = f"`stop` takes at most {MAX_STOPS} strings of {MAX_STOP_CHARS} characters"
-        raise ClientError(400, message, code="invalid_value", param="stop")
-    if not all(stop):
-        raise ClientError(400, "`stop` has an empty string", code="invalid_value", param="stop")
-    return stop

@@ -13,6 +13,8 @@ from protocol.errors import ClientError
 from protocol.out import Delta
 from router.answers import Answer, ChunkTemplate, to_json, usage, whole_choice
 from router.choices import Choice, ChoiceSpec
+from router.details import Details, Piece, Wanted
+from router.requests import Prepared
 
 
 class ChunkWriter(Protocol):
@@ -29,7 +31,10 @@ class ChunkWriter(Protocol):
 
 
 class Usage:
-    """Sums over the choices of a request; a prompt shared by `n` choices counts once."""
+    """Sums over the choices of a request; a prompt shared by `n` choices counts once.
+
+    Cached is what all of them found: what one has computed for the others was not there before.
+    """
 
     def __init__(self, specs: Sequence[ChoiceSpec], n: int) -> None:
         self._n = n
@@ -38,10 +43,10 @@ class Usage:
         self._cached: dict[int, int] = {}
 
     def add(self, choice: Choice) -> None:
-        self._completion += len(choice.output)
+        self._completion += choice.num_shown
         group = choice.spec.index // self._n
         cached = min(choice.cached_tokens, choice.spec.num_prompt_tokens)
-        self._cached[group] = max(self._cached.get(group, 0), cached)
+        self._cached[group] = min(self._cached.get(group, cached), cached)
 
     def as_dict(self) -> dict[str, Any]:
         return usage(self._prompt, self._completion, sum(self._cached.values()))
@@ -155,17 +160,122 @@ class CollectSink(JoinedSink):
             raise self._error
         return self._body
 
-    def _complete(self) -> None:
-        choices = [
+    async def rendered(self) -> bytes:
+        """The same, made without holding up the other streams."""
+        return self.body()
+
+    def _choices(self) -> list[dict[str, Any]]:
+        return [
             whole_choice(self.answer.kind, i, "".join(texts), finish)
             for i, (texts, finish) in enumerate(zip(self._texts, self._finish, strict=True))
         ]
-        self._body = self.answer.body(choices, self._usage.as_dict())
+
+    def _complete(self) -> None:
+        self._body = self.answer.body(self._choices(), self._usage.as_dict())
         self.done.set()
 
     def _fail(self, error: ClientError) -> None:
         self._error = error
         self.done.set()
+
+
+class DetailedStreamSink(StreamSink):
+    """Also writes prompts and log-probabilities. Tokens without text ride in the next chunk."""
+
+    def __init__(
+        self,
+        answer: Answer,
+        specs: Sequence[ChoiceSpec],
+        n: int,
+        cancel: Callable[[str], None],
+        writer: ChunkWriter,
+        *,
+        include_usage: bool,
+        wanted: Wanted,
+    ) -> None:
+        super().__init__(answer, specs, n, cancel, writer, include_usage=include_usage)
+        self._details = Details(answer.kind, specs, n, wanted)
+        self._with_logprobs = wanted.with_logprobs
+
+    def delta(self, choice: Choice, delta: Delta) -> None:
+        if self.over:
+            return
+        try:
+            for piece in self._details.pieces(choice, delta):
+                if piece.text or piece.finish:
+                    self._writer.write(self._chunk(piece))
+        except ClientError as error:
+            self.abort(error)
+
+    def _chunk(self, piece: Piece) -> bytes:
+        template = self._templates[piece.index]
+        if not self._with_logprobs:
+            return template.chunk(piece.text, piece.finish)
+        logprobs = self._details.logprobs(piece.index)
+        return template.chunk_with(piece.text, piece.finish, logprobs)
+
+
+class DetailedCollectSink(CollectSink):
+    """Also gathers prompts and log-probabilities."""
+
+    def __init__(
+        self,
+        answer: Answer,
+        specs: Sequence[ChoiceSpec],
+        n: int,
+        cancel: Callable[[str], None],
+        *,
+        wanted: Wanted,
+    ) -> None:
+        super().__init__(answer, specs, n, cancel)
+        self._details = Details(answer.kind, specs, n, wanted)
+
+    def delta(self, choice: Choice, delta: Delta) -> None:
+        if self.over:
+            return
+        try:
+            for piece in self._details.pieces(choice, delta):
+                self._texts[piece.index].append(piece.text)
+                self._finish[piece.index] = piece.finish
+        except ClientError as error:
+            self.abort(error)
+
+    def body(self) -> bytes:
+        if self._error is None and not self._body:
+            self._body = self.answer.body(self._choices(), self._usage.as_dict())
+        return super().body()
+
+    async def rendered(self) -> bytes:
+        """In a thread: thousands of tokens with twenty others each take a while to write."""
+        return await asyncio.to_thread(self.body)
+
+    def _choices(self) -> list[dict[str, Any]]:
+        return [
+            whole_choice(self.answer.kind, i, "".join(texts), finish, self._details.logprobs(i))
+            for i, (texts, finish) in enumerate(zip(self._texts, self._finish, strict=True))
+        ]
+
+    def _complete(self) -> None:
+        self.done.set()
+
+
+def stream_sink(
+    prepared: Prepared, cancel: Callable[[str], None], writer: ChunkWriter
+) -> StreamSink:
+    """The listener of a request that is streamed through `writer`."""
+    common = (prepared.answer, prepared.specs, prepared.n, cancel, writer)
+    usage = prepared.include_usage
+    if prepared.wanted is None:
+        return StreamSink(*common, include_usage=usage)
+    return DetailedStreamSink(*common, include_usage=usage, wanted=prepared.wanted)
+
+
+def collect_sink(prepared: Prepared, cancel: Callable[[str], None]) -> CollectSink:
+    """The listener of a request that is answered in a piece."""
+    common = (prepared.answer, prepared.specs, prepared.n, cancel)
+    if prepared.wanted is None:
+        return CollectSink(*common)
+    return DetailedCollectSink(*common, wanted=prepared.wanted)
 
 
 def error_json(error: ClientError, request_id: str) -> bytes:

@@ -25,6 +25,8 @@ class Submitted:
     """Non-empty: only workers of this digest may serve it (its prompt was tokenized with that
     model's assets)."""
     resumable: bool = True
+    siblings: str = ""
+    """Non-empty: choices with the same value have the same prompt, and should share one prefill."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -112,7 +112,7 @@ class Attempt:
 class Lent:
     """A handle that a choice holds; `reservation` is the lender's."""
 
-    __slots__ = ("choice", "decode_blocks", "failures", "handle", "reservation")
+    __slots__ = ("choice", "decode_blocks", "expires_at", "failures", "handle", "reservation")
 
     def __init__(self, choice: "Choice", handle: KvHandle, reservation: Reservation) -> None:
         self.choice = choice
@@ -122,6 +122,8 @@ class Lent:
         self.reservation = reservation
         self.failures = 0
         """Decode workers that could not pull it."""
+        self.expires_at: float | None = None
+        """From then on nobody may begin to pull it; None where it is renewed."""
 
 
 class Choice:

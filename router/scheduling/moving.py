@@ -126,6 +126,8 @@ class Mover:
         if lent is None or choice.prefill is not None:
             return False
         source = lent.reservation.worker
+        if lent.expires_at is not None:
+            return False  # whoever began to pull may have used it up: such a source cannot say
         if lent.failures >= _MAX_PULL_FAILURES:
             choice.tries.excluded.add(source.incarnation)
             return False

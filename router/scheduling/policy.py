@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from router.scheduling.fleet import Worker
+from router.scheduling.fleet import Reservation, Worker
 from router.scheduling.pools import PREFILL_QUEUE, Pool
 from router.scheduling.prefix_index import Match, deepest, depth_of
 
@@ -42,6 +42,10 @@ class Want:
     excluded: set[str]
     match: Match
     num_samples: int
+    shared: Reservation | None = None
+    """A sibling's prefill of the same prompt."""
+    shared_tokens: int = 0
+    """How much of it will be in that worker's cache: the whole blocks before the last token."""
 
 
 @dataclass(slots=True)
@@ -67,6 +71,9 @@ def candidates(
             holder = by_slot.get(slot)
             if holder is not None and holder.incarnation in pool.members:
                 found[holder] = None
+    shared = want.shared
+    if shared is not None and shared.worker.incarnation in pool.members:
+        found[shared.worker] = None
     for worker in pool.freest(_FREEST + len(want.excluded)):
         found[worker] = None
     for _ in range(want.num_samples):
@@ -76,9 +83,18 @@ def candidates(
 
 def uncached_tokens(worker: Worker, want: Want) -> int:
     """At least one token is always computed."""
-    if not want.match:
-        return want.tokens
-    return max(1, want.tokens - depth_of(want.match, worker.slot) * want.block_size)
+    cached = depth_of(want.match, worker.slot) * want.block_size if want.match else 0
+    if want.shared is not None and worker is want.shared.worker:
+        cached = max(cached, want.shared_tokens)
+    return max(1, want.tokens - cached)
+
+
+def tokens_ahead(worker: Worker, want: Want) -> int:
+    """Tokens it computes before this choice's own. A sibling's prefill is not ahead of it: it is
+    the choice's own work, which would take as long elsewhere."""
+    if want.shared is not None and worker is want.shared.worker:
+        return worker.tokens - want.shared.tokens
+    return worker.tokens
 
 
 def fits_prefill(worker: Worker, want: Want) -> bool:
@@ -102,13 +118,13 @@ def fits_decode(worker: Worker, want: Want) -> bool:
     )
 
 
-def prefill_cost(worker: Worker, uncached: int) -> float:
-    return worker.tokens + uncached + RUNNING_COST * worker.running
+def prefill_cost(worker: Worker, want: Want, uncached: int) -> float:
+    return tokens_ahead(worker, want) + uncached + RUNNING_COST * worker.running
 
 
-def decode_cost(worker: Worker, uncached: int) -> float:
+def decode_cost(worker: Worker, want: Want, uncached: int) -> float:
     crowd = (worker.blocks + worker.foreign_blocks) / max(1, worker.info.capacity.num_blocks)
-    return worker.tokens + uncached + RUNNING_COST * worker.running + FULL_COST * crowd
+    return prefill_cost(worker, want, uncached) + FULL_COST * crowd
 
 
 def choose_prefill(want: Want, found: Mapping[Worker, None]) -> Pick | None:
@@ -117,7 +133,7 @@ def choose_prefill(want: Want, found: Mapping[Worker, None]) -> Pick | None:
         if worker.incarnation in want.excluded or not fits_prefill(worker, want):
             continue
         uncached = uncached_tokens(worker, want)
-        cost = prefill_cost(worker, uncached)
+        cost = prefill_cost(worker, want, uncached)
         if best is None or cost < best.cost:
             best = Pick(worker, cost, uncached)
     return best
@@ -130,15 +146,15 @@ def choose_decode(want: Want, found: Mapping[Worker, None], *, local: bool) -> P
         if worker.incarnation in want.excluded or not fits_decode(worker, want):
             continue
         uncached = uncached_tokens(worker, want) if local else 0
-        cost = decode_cost(worker, uncached)
+        cost = decode_cost(worker, want, uncached)
         if best is None or cost < best.cost:
             best = Pick(worker, cost, uncached)
     return best
 
 
-def should_disaggregate(here: Pick, there: Pick | None, limit: int) -> bool:
+def should_disaggregate(want: Want, here: Pick, there: Pick | None, limit: int) -> bool:
     """The decider: a long uncached part, and a prefill worker that is not the decode worker."""
     if there is None or here.uncached <= limit or there.worker is here.worker:
         return False
     both = here.worker.info.role == "both"
-    return not (both and prefill_cost(here.worker, here.uncached) <= there.cost)
+    return not (both and prefill_cost(here.worker, want, here.uncached) <= there.cost)

@@ -132,6 +132,7 @@ class Scheduler:
             self._reject(event, code, retry_after_s)
             return
         choice = t.choices[event.choice] = Choice(event, t.now)
+        t.siblings.join(event.siblings)
         t.admission.add(choice)
         if t.limits.request_timeout_s is not None:
             choice.request_timer = Timer("request", choice)

@@ -136,6 +136,8 @@ class Placer:
             choice.tries.excluded,
             _NO_MATCH,
             t.limits.num_samples,
+            t.siblings.place_of(spec.siblings),
+            (spec.num_prompt_tokens - 1) // size * size,
         )
 
     def _look_up(self, choice: Choice, group: Group, want: Want) -> None:
@@ -159,7 +161,7 @@ class Placer:
         there = choose_prefill(want, found)
         if there is None and not group.prefill.all_in(want.excluded):
             return None  # prefill workers are busy: their queue is here
-        if not should_disaggregate(here, there, t.limits.local_prefill_tokens):
+        if not should_disaggregate(want, here, there, t.limits.local_prefill_tokens):
             return here, None
         return here, there
 
@@ -179,12 +181,14 @@ class Placer:
         choice.move("start_prefill", t.now, worker.id)
         t.expect_place(choice, group, want.decode_blocks)
         attempt = t.open(choice, worker, "prefill", there.uncached, want.prefill_blocks)
+        t.siblings.started(choice.spec.siblings, attempt.reservation)
         t.out.append(StartPrefill(attempt.id, choice.id, worker.id, worker.incarnation))
 
     def _start_local(self, choice: Choice, worker: Worker, tokens: int, blocks: int) -> None:
         t = self._t
         choice.move("start_local", t.now, worker.id)
         attempt = t.open(choice, worker, "local", tokens, blocks)
+        t.siblings.started(choice.spec.siblings, attempt.reservation)
         t.out.append(StartDecode(attempt.id, choice.id, worker.id, worker.incarnation, None))
 
     def _leave_queue(self, choice: Choice) -> None:
@@ -202,6 +206,9 @@ class Placer:
         t = self._t
         lent = choice.lent
         assert lent is not None
+        if lent.expires_at is not None and t.now >= lent.expires_at:
+            self._mover.lose_source(choice, "lease_expired")
+            return
         tries = choice.tries
         output = t.view.num_output(choice.id)
         tokens = choice.spec.num_prompt_tokens + output

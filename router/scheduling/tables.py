@@ -29,11 +29,14 @@ from router.scheduling.lifecycle import Attempt, AttemptKind, Choice, Lent, Stor
 from router.scheduling.limits import Limits
 from router.scheduling.policy import Rng
 from router.scheduling.pools import Group
+from router.scheduling.siblings import Siblings
 
 _MAX_ENDED: Final = 1024
 _RENEWALS_PER_LEASE: Final = 3
 _MAX_LEVEL: Final = 16
 _MIN_RENEW_S: Final = 0.1
+_SAFE_SHARE: Final = 0.5
+"""Of a lease that nobody can renew: a pull begins within it or not at all."""
 _KIND_OF: Final[dict[AttemptKind, ReservationKind]] = {
     "prefill": "prefill",
     "pull": "decode",
@@ -74,6 +77,7 @@ class Tables:
         self.drain_timer = Timer("drain", None)
         self.choices: dict[str, Choice] = {}
         self.attempts: dict[int, Attempt] = {}
+        self.siblings = Siblings()
         self.claims: dict[str, Worker] = {}
         """Workers that a choice wants, or has, for itself."""
         self.dirty: set[str] = set()
@@ -147,6 +151,8 @@ class Tables:
         worker = attempt.worker
         lent = Lent(attempt.choice, handle, attempt.reservation)
         attempt.choice.lent = worker.handles[handle.handle_id] = lent
+        if worker.info.traits.release == "timeout":
+            lent.expires_at = self.now + handle.lease_s * _SAFE_SHARE
         self.arm_renewal(worker, handle.lease_s)
 
     def arm_renewal(self, worker: Worker, lease_s: float) -> None:
@@ -237,6 +243,7 @@ class Tables:
     def bury(self, choice: Choice) -> None:
         """The choice has ended; only its story stays, for a while."""
         del self.choices[choice.id]
+        self.siblings.leave(choice.spec.siblings)
         self.keep_story(choice.id, choice.story)
 
     def keep_story(self, choice: str, story: Story) -> None:
@@ -254,6 +261,7 @@ class Tables:
         """Raises LocalError unless all books agree."""
         self.fleet.validate()
         self.admission.validate(self.choices)
+        self.siblings.validate([choice.spec.siblings for choice in self.choices.values()])
         for choice in self.choices.values():
             _validate_choice(choice)
         reservations = {id(a.reservation) for a in self.attempts.values()} | {

@@ -100,6 +100,14 @@ def test_bodies_that_are_no_request(fleet: Fleet, name: str) -> None:
     assert error_of(answer)["code"] == code
 
 
+SCHEMA_AT = "response_format.json_schema"
+
+
+def schema_format(schema: Any) -> dict[str, Any]:
+    inner = {"name": "n", "schema": schema}
+    return {"response_format": {"type": "json_schema", "json_schema": inner}}
+
+
 BAD_FIELDS: list[tuple[str, dict[str, Any], str, str]] = [
     # path, fields, param, code
     (TEXT, {"model": None}, "model", "missing_parameter"),
@@ -146,21 +154,49 @@ BAD_FIELDS: list[tuple[str, dict[str, Any], str, str]] = [
     (TEXT, {"stream_options": {"include_usage": True}}, "stream_options", "invalid_value"),
     (TEXT, {"stream": True, "stream_options": 5}, "stream_options", "invalid_type"),
     (TEXT, {"seed": 1.5}, "seed", "invalid_type"),
-    (TEXT, {"logprobs": 0}, "logprobs", UNSUPPORTED),
-    (TEXT, {"logprobs": 5}, "logprobs", UNSUPPORTED),
-    (TEXT, {"echo": True}, "echo", UNSUPPORTED),
+    (TEXT, {"logprobs": -1}, "logprobs", "invalid_value"),
+    (TEXT, {"logprobs": 21}, "logprobs", "invalid_value"),
+    (TEXT, {"logprobs": True}, "logprobs", "invalid_type"),
+    (TEXT, {"max_tokens": 0, "logprobs": 1}, "max_tokens", "invalid_value"),
+    (TEXT, {"max_tokens": -1, "echo": True}, "max_tokens", "invalid_value"),
+    (TEXT, {"echo": "yes"}, "echo", "invalid_type"),
+    (TEXT, {"prompt": "x" * 200_000, "echo": True}, "prompt", "context_length_exceeded"),
     (TEXT, {"suffix": "x"}, "suffix", UNSUPPORTED),
-    (TEXT, {"best_of": 3}, "best_of", UNSUPPORTED),
-    (TEXT, {"presence_penalty": 0.5}, "presence_penalty", UNSUPPORTED),
-    (TEXT, {"frequency_penalty": 0.5}, "frequency_penalty", UNSUPPORTED),
-    (TEXT, {"logit_bias": {"5": 1}}, "logit_bias", UNSUPPORTED),
-    (CHAT, {"logprobs": True}, "logprobs", UNSUPPORTED),
-    (CHAT, {"logprobs": False, "top_logprobs": 3}, "top_logprobs", UNSUPPORTED),
+    (TEXT, {"prompt_logprobs": 1}, "prompt_logprobs", UNSUPPORTED),
+    (TEXT, {"best_of": 3}, "best_of", "invalid_value"),
+    (TEXT, {"min_p": 1.1}, "min_p", "invalid_value"),
+    (TEXT, {"min_p": "x"}, "min_p", "invalid_type"),
+    (TEXT, {"repetition_penalty": 0}, "repetition_penalty", "invalid_value"),
+    (TEXT, {"presence_penalty": 2.5}, "presence_penalty", "invalid_value"),
+    (TEXT, {"frequency_penalty": -2.5}, "frequency_penalty", "invalid_value"),
+    (TEXT, {"logit_bias": {"99999": 1}}, "logit_bias", "invalid_value"),
+    (TEXT, {"logit_bias": {"5": 101}}, "logit_bias", "invalid_value"),
+    (TEXT, {"logit_bias": {"5": "x"}}, "logit_bias[...]", "invalid_type"),
+    (TEXT, {"logit_bias": [5]}, "logit_bias", "invalid_type"),
+    (CHAT, {"logprobs": 1}, "logprobs", "invalid_type"),
+    (CHAT, {"logprobs": False, "top_logprobs": 3}, "top_logprobs", "invalid_value"),
+    (CHAT, {"logprobs": True, "top_logprobs": 21}, "top_logprobs", "invalid_value"),
+    (CHAT, {"max_tokens": 0}, "max_tokens", "invalid_value"),
     (CHAT, {"tools": [{"type": "function"}]}, "tools", UNSUPPORTED),
     (CHAT, {"tool_choice": "required"}, "tool_choice", UNSUPPORTED),
     (CHAT, {"functions": [{}]}, "functions", UNSUPPORTED),
-    (CHAT, {"response_format": {"type": "json_object"}}, "response_format", UNSUPPORTED),
-    (CHAT, {"guided_json": {}}, "guided_json", UNSUPPORTED),
+    (CHAT, {"response_format": "json"}, "response_format", "invalid_type"),
+    (CHAT, {"response_format": {"type": "xml"}}, "response_format.type", "invalid_value"),
+    (CHAT, {"response_format": {"type": "json_schema"}}, SCHEMA_AT, "missing_parameter"),
+    (CHAT, schema_format(5), f"{SCHEMA_AT}.schema", "invalid_type"),
+    (CHAT, schema_format({"enum": ["x" * 70_000]}), f"{SCHEMA_AT}.schema", "invalid_value"),
+    (CHAT, schema_format(json.loads("[" * 99 + "]" * 99)), f"{SCHEMA_AT}.schema", "invalid_type"),
+    (
+        CHAT,
+        schema_format({"not": json.loads("[" * 99 + "]" * 99)}),
+        f"{SCHEMA_AT}.schema",
+        "invalid_value",
+    ),
+    (CHAT, schema_format({"type": "no such type"}), "response_format", "invalid_request"),
+    (CHAT, {"guided_json": "{"}, "guided_json", "invalid_json"),
+    (CHAT, {"guided_regex": "a*"}, "guided_regex", UNSUPPORTED),
+    (CHAT, {"structured_outputs": {"regex": "a"}}, "structured_outputs.regex", UNSUPPORTED),
+    (CHAT, {"continue_final_message": True}, "continue_final_message", UNSUPPORTED),
     (CHAT, {"modalities": ["audio"]}, "modalities", UNSUPPORTED),
     (CHAT, {"messages": []}, "messages", "invalid_messages"),
     (CHAT, {"messages": {}}, "messages", "invalid_type"),
@@ -203,6 +239,7 @@ def test_what_means_nothing_or_is_not_known_is_ignored(fleet: Fleet) -> None:
         "temperature": None, "n": None, "stop": None, "logprobs": False, "top_logprobs": 0,
         "tools": [], "tool_choice": "auto", "response_format": {"type": "text"}, "user": "me",
         "presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}, "store": True,
+        "repetition_penalty": 1, "min_p": 0, "structured_outputs": None, "guided_json": None,
         "stream_options": None, "x_unknown": {"deep": [1, 2, {"a": None}]}, "metadata": {},
     }  # fmt: skip
     status, _, body = post(

@@ -96,6 +96,38 @@ async def test_a_chat_in_one_piece_and_in_chunks(client: Client) -> None:
     assert text == body["choices"][0]["message"]["content"]
 
 
+async def test_log_probabilities_and_the_prompt_come_here_too(client: Client) -> None:
+    body = {"model": MODEL, "prompt": "ab", "max_tokens": 5, "seed": 1, "echo": True, "logprobs": 2}
+    whole = await ask(client, TEXT, body)
+    assert whole.status == "200"
+    [choice] = whole.chunks[0]["choices"]
+    assert len(choice["logprobs"]["tokens"]) == 3 + 5
+    stream = await ask(client, TEXT, {**body, "stream": True})
+    chunks = [chunk["choices"][0] for chunk in stream.chunks]
+    assert "".join(chunk["text"] for chunk in chunks) == choice["text"]
+    tokens = [token for chunk in chunks for token in chunk["logprobs"]["tokens"]]
+    assert tokens == choice["logprobs"]["tokens"]
+
+
+async def test_an_answer_larger_than_a_message_comes_in_parts(client: Client) -> None:
+    """As docs/api.md tells a client that is not ours."""
+    more = {"n": 8, "ignore_eos": True, "logprobs": 20, "max_tokens": 300}
+    subscription = await send(client, TEXT, {"model": MODEL, "prompt": "ab", **more}, None)
+    data = b""
+    part, count = -1, 0
+    while part + 1 != count or not count:
+        message = await subscription.next_msg(timeout=10)
+        part, count = (int(number) for number in (message.headers or {})["Baton-Part"].split()[1:])
+        data += message.data
+    last = await subscription.next_msg(timeout=10)
+    assert (last.headers or {})["Baton-Status"] == "200"
+    assert len(data) > client.max_payload
+    assert count > 1
+    body = json.loads(data)
+    assert [len(choice["logprobs"]["tokens"]) for choice in body["choices"]] == [300] * 8
+    await subscription.unsubscribe()
+
+
 async def test_a_streamed_completion(client: Client) -> None:
     body = {"model": MODEL, "prompt": ["a", "b"], "max_tokens": 5, "stream": True}
     answer = await ask(client, TEXT, body)

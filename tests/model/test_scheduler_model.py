@@ -42,14 +42,17 @@ class SchedulerModel(RuleBasedStateMachine):
             self.world.feed(ev.WorkerListed(self.world.info(worker)))
             self.world.report(worker)
 
-    @rule(tokens=st.sampled_from([3, 60, 300, 1500]), count=st.integers(1, 4))
-    def submit(self, tokens: int, count: int) -> None:
+    @rule(
+        tokens=st.sampled_from([3, 60, 300, 1500]), count=st.integers(1, 4), related=st.booleans()
+    )
+    def submit(self, tokens: int, count: int, *, related: bool) -> None:
+        siblings = f"r{self.next_choice}" if related else ""
         for _ in range(count):
             choice = f"c{self.next_choice}/0"
             self.next_choice += 1
             self.world.submitted.add(choice)
             packed = pack_ids([7] * tokens)
-            self.world.feed(ev.Submitted(choice, "m", packed, tokens, 50))
+            self.world.feed(ev.Submitted(choice, "m", packed, tokens, 50, siblings=siblings))
 
     @rule(number=st.integers(0, 50))
     def client_goes(self, number: int) -> None:
@@ -70,7 +73,7 @@ class SchedulerModel(RuleBasedStateMachine):
 
     @rule(tokens=st.sampled_from([60, 300]), times=st.integers(4, 8))
     def all_is_well_for_a_while(self, tokens: int, times: int) -> None:
-        self.submit(tokens, 3)
+        self.submit(tokens, 3, related=times % 2 == 0)
         self.all_work_and_report(times)
 
     @rule(seconds=st.sampled_from([0.05, 0.3, 1.1, 2.6, 11.0]))
@@ -191,6 +194,7 @@ class SchedulerModel(RuleBasedStateMachine):
             world.scheduler.validate()
         assert set(world.ended) == world.submitted
         assert world.open == {}
+        assert len(world.scheduler._t.siblings) == 0
         assert all(view.num_reservations == 0 for view in world.scheduler.workers())
         assert world.held - world.released <= world.given_up
         assert all(count <= 64 for count in world.dispatches.values())

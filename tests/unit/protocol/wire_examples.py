@@ -72,6 +72,11 @@ _RANK = RankKv(
     ],
 )
 _HANDLE = KvHandle("h1", "w1", "i1", 130, 64, _HASH, 30.0, [_RANK], msgspec.Raw(b"\x81\xa1a\x01"))
+_FABRIC = FabricOffer(
+    "nixl/UCX", "w1.i1", b"meta", 2**47, 2**46, 1, 5555, "10.0.0.1",
+    "boot:ns", 4242, 1 << 30, 4096, "cuda", "token", True,
+)  # fmt: skip
+_NIXL_HANDLE = KvHandle("h2", "w1", "i1", 64, 64, _HASH, 30.0, [RankKv(b"", 0, 1, [_FABRIC])])
 _DELTA = Delta(5, 17, [128, 2], " caf\u00e9", "stop", "END")
 _LOGPROBS = [TokenLogprob(-0.5, [(128, -0.5), (3, -1.25)]), TokenLogprob(-2.0)]
 _JUDGED = Delta(5, 17, [128, 2], " caf\u00e9", "", None, _LOGPROBS)
@@ -104,6 +109,8 @@ OUTS: list[Out] = [
     Prefilled(9, 2, 0, _JUDGED, None, 0.25, 0.5, [None, *_LOGPROBS]),
     Decoding(10, 64, "", 0, 0.0, [None, *_LOGPROBS]),
     StepFrame([_DELTA, _JUDGED]),
+    Decoding(11, 0, "tcp", 1 << 20, 0.125, None, "p1", "nixl: failed before"),
+    Accepted(12, _NIXL_HANDLE),
 ]
 EVENTS: list[WorkerEvent] = [
     LoadReport(1, 2, 100, 50, 3, 4, 1000, 77, {"r1": 5}, True),
@@ -127,6 +134,7 @@ INFO = WorkerInfo(
     {"zone": "a"},
     True,
 )
+REASONED = msgspec.structs.replace(INFO, transport_reasons={"shm": "auto", "nixl": "no RDMA"})
 
 
 def examples() -> dict[str, msgspec.Struct]:
@@ -142,6 +150,7 @@ def examples() -> dict[str, msgspec.Struct]:
     named["pong"] = Pong("w1", "i1")
     named["snapshot"] = KvSnapshot("w1", "i1", 77, _HASH)
     named["info"] = INFO
+    named["info/reasoned"] = REASONED
     return named
 
 

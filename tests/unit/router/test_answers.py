@@ -85,3 +85,22 @@ def test_whole_answers(text: str) -> None:
     body = parsed(answer("text").body([whole_choice("text", 2, text, "length")], usage(1, 1, 0)))
     assert body["object"] == "text_completion"
     assert body["choices"] == [{"index": 2, "text": text, "finish_reason": "length"}]
+
+
+@pytest.mark.parametrize("finish", ["", "stop"])
+@pytest.mark.parametrize("kind", ["chat", "text"])
+def test_logprobs_stand_beside_the_text(kind: Kind, finish: str) -> None:
+    plain, both = ChunkTemplate(answer(kind), 3), ChunkTemplate(answer(kind), 3)
+    for text in ('a,"finish_reason":null', ""):
+        expected = parsed(plain.chunk(text, finish))
+        expected["choices"][0]["logprobs"] = {"x": [1]}
+        assert parsed(both.chunk_with(text, finish, b'{"x":[1]}')) == expected
+    assert parsed(both.chunk_with("a", finish, b""))["choices"][0]["logprobs"] is None
+
+
+@pytest.mark.parametrize("kind", ["chat", "text"])
+def test_logprobs_of_whole_answers(kind: Kind) -> None:
+    choice = whole_choice(kind, 0, "a", "stop", b'{"x":[1]}')
+    body = parsed(answer(kind).body([choice], usage(1, 1, 0)))
+    assert body["choices"][0]["logprobs"] == {"x": [1]}
+    assert "logprobs" not in whole_choice(kind, 0, "a", "stop")

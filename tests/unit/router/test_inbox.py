@@ -22,6 +22,7 @@ from protocol.out import (
     Prefilled,
     Refused,
     StepFrame,
+    TokenLogprob,
 )
 from protocol.sampling import Sampling
 from protocol.subjects import Subjects
@@ -73,9 +74,10 @@ class World:
     def _post(self, worker: str, incarnation: str, job: Job, *, lazy: bool = False) -> None:
         self.posted.append((worker, incarnation, job))
 
-    def add(self, number: int, leg: str = "decode") -> Sink:
+    def add(self, number: int, leg: str = "decode", *, prompt_logprobs: int = -1) -> Sink:
         sink = Sink()
-        spec = ChoiceSpec(f"q{number}/0", 0, "m", Tokens(b""), 0, Sampling(8))
+        sampling = Sampling(8, prompt_logprobs=prompt_logprobs)
+        spec = ChoiceSpec(f"q{number}/0", 0, "m", Tokens(b""), 0, sampling)
         choice = Choice(spec, sink, self.now)
         self.attempts.add(number, Attempt(choice, "w", "inc", leg, self.now, self.now))
         return sink
@@ -175,6 +177,45 @@ def test_a_report_that_overtook_its_envelope_means_nothing(world: World) -> None
 def test_a_report_of_a_worker_that_said_nothing_is_not_remembered(world: World) -> None:
     world.inbox.reported("w", "inc", 0)
     assert world.inbox.sources() == []
+
+
+PROMPT = [None, TokenLogprob(-1.0)]
+
+
+def test_no_token_before_the_prompts_numbers(world: World) -> None:
+    """`Decoding` was lost: its numbers can be had only from this attempt, so it is asked first."""
+    sink = world.add(1, prompt_logprobs=0)
+    choice = world.attempts.live[1].choice
+    for index in range(5):
+        world.now += 0.06
+        world.say(StepFrame([delta(1, index)]), seq=index + 2)
+    assert (sink.ids, choice.first_at) == ([], 0.0)
+    assert world.jobs() == [Replay(1, 0)] * 2
+    world.say(Decoding(1, prompt_logprobs=PROMPT), StepFrame([delta(1, n) for n in range(6)]))
+    assert sink.ids == [0, 1, 2, 3, 4, 5]
+    assert choice.prompt_logprobs == PROMPT
+    assert world.metrics.registry.get_sample_value("baton_ttft_seconds_count", {"model": "m"}) == 1
+
+
+def test_a_worker_that_has_no_numbers_to_give_is_not_asked_for_ever(world: World) -> None:
+    """The sink ends such a request; here it only must not wait."""
+    sink = world.add(1, prompt_logprobs=0)
+    world.say(Decoding(1), StepFrame([delta(1, 0)]))
+    assert sink.ids == [0]
+    assert world.jobs() == []
+
+
+def test_a_prompts_numbers_are_taken_once_and_not_asked_for_again(world: World) -> None:
+    sink = world.add(1, "prefill", prompt_logprobs=2)
+    choice = world.attempts.live[1].choice
+    assert choice.sampling.prompt_logprobs == 2
+    world.say(Prefilled(1, 2, 0, delta(1, 0), handle(), prompt_logprobs=PROMPT))
+    assert sink.ids == [0]
+    assert choice.sampling == Sampling(8)
+    world.attempts.add(2, Attempt(choice, "w", "inc", "decode", world.now, world.now))
+    world.say(Decoding(2, prompt_logprobs=[None]), StepFrame([delta(2, 1)]))
+    assert choice.prompt_logprobs == PROMPT
+    assert sink.ids == [0, 1]
 
 
 def test_strays_are_cancelled_once_a_second(world: World) -> None:

@@ -23,6 +23,16 @@ def test_the_scheduler_knows_better_when_to_try_again() -> None:
     assert told.retry_after_s == 9
 
 
+def test_what_a_worker_cannot_obey_is_named_and_nothing_else_is() -> None:
+    end = EndChoice("r/0", "failed", "prefill", "invalid_request", "no such keyword")
+    told = client_error(end, "response_format")
+    assert (told.status, told.param) == (400, "response_format")
+    assert "no such keyword" in told.message
+    assert client_error(end).param is None
+    died = EndChoice("r/0", "failed", "decode", "worker_failed")
+    assert client_error(died, "response_format").param is None
+
+
 def test_an_unknown_code_is_our_fault() -> None:
     assert client_error(EndChoice("r/0", "failed", "decode", "no_such_code")).status == 500
 

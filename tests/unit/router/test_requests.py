@@ -149,7 +149,103 @@ async def test_max_tokens_is_bounded_by_the_context(world: World) -> None:
     assert both.specs[0].sampling.max_tokens == 3
 
 
+async def test_a_request_that_wants_text_alone_has_no_details(world: World) -> None:
+    assert (await text(world, logprobs=None, echo=False, n=2)).wanted is None
+    assert (await chat(world, logprobs=False, top_logprobs=0)).wanted is None
+
+
+async def test_logprobs_are_asked_for_every_choice(world: World) -> None:
+    prepared = await text(world, logprobs=0, n=2, skip_special_tokens=False)
+    assert prepared.wanted is not None
+    assert prepared.wanted.with_logprobs
+    assert not prepared.wanted.skip_special_tokens
+    assert [spec.sampling.logprobs for spec in prepared.specs] == [0, 0]
+    assert [spec.sampling.prompt_logprobs for spec in prepared.specs] == [-1, -1]
+    [spec] = (await chat(world, logprobs=True, top_logprobs=4)).specs
+    assert (spec.sampling.logprobs, spec.sampling.prompt_logprobs) == (4, -1)
+
+
+async def test_a_prompt_is_scored_once_however_many_choices_it_has(world: World) -> None:
+    prepared = await text(world, prompt=["a", "b"], echo=True, logprobs=3, n=2)
+    assert [spec.sampling.prompt_logprobs for spec in prepared.specs] == [3, -1, 3, -1]
+    assert prepared.wanted is not None
+    assert [echo.text for echo in prepared.wanted.echoes] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "texts"),
+    [("ab", ["ab"]), ([97, 98], ["ab"]), (["a", "b"], ["a", "b"]), ([[256, 97], [98]], ["a", "b"])],
+    ids=str,
+)
+async def test_every_form_of_a_prompt_is_echoed(world: World, prompt: Any, texts: Any) -> None:
+    prepared = await text(world, prompt=prompt, echo=True)
+    assert prepared.wanted is not None
+    assert [echo.text for echo in prepared.wanted.echoes] == texts
+    assert not prepared.wanted.with_logprobs
+
+
+async def test_scoring_asks_a_worker_for_the_one_token_it_cannot_but_make(world: World) -> None:
+    prepared = await text(world, echo=True, max_tokens=0, logprobs=1)
+    [spec] = prepared.specs
+    assert (spec.scores_only, spec.sampling.max_tokens) == (True, 1)
+    with pytest.raises(ClientError) as error:
+        await text(world, echo=True, max_tokens=0, min_tokens=1)
+    assert error.value.param == "min_tokens"
+    with pytest.raises(ClientError) as error:
+        await chat(world, max_tokens=0)
+    assert error.value.param == "max_tokens"
+
+
+async def test_a_long_prompt_is_echoed_off_the_loop_with_the_same_result(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = await text(world, echo=True, logprobs=0)
+    monkeypatch.setattr("router.requests.LONG_PROMPT_TOKENS", 2)
+    there = await text(world, echo=True, logprobs=0)
+    assert here.wanted is not None
+    assert there.wanted is not None
+    assert here.wanted.echoes == there.wanted.echoes
+
+
+async def test_equal_prompts_of_a_request_are_siblings(world: World) -> None:
+    def names(prepared: Prepared) -> list[str]:
+        return [spec.siblings for spec in prepared.specs]
+
+    assert names(await text(world)) == [""]
+    [one, other] = names(await text(world, n=2))
+    assert one == other != ""
+    a, b, c, d = names(await text(world, prompt=["a", "b", "a", "c"]))
+    assert (b, d, a) == ("", "", c)
+    assert a
+    pairs = names(await text(world, prompt=["a", "b"], n=2))
+    assert pairs[0] == pairs[1] != pairs[2] == pairs[3]
+
+
+async def test_a_schema_travels_with_the_name_of_its_field(world: World) -> None:
+    [spec] = (await chat(world, response_format={"type": "json_object"})).specs
+    assert (spec.sampling.grammar, spec.grammar_param) == ('{"type":"object"}', "response_format")
+    [spec] = (await text(world, guided_json={"type": "null"}, n=1, best_of=1)).specs
+    assert (spec.sampling.grammar, spec.grammar_param) == ('{"type":"null"}', "guided_json")
+    [spec] = (await text(world)).specs
+    assert (spec.sampling.grammar, spec.grammar_param) == ("", "")
+
+
+async def test_best_of_may_say_what_is_so_anyway(world: World) -> None:
+    for best_of in (None, 1, 3):
+        assert (await text(world, n=3, best_of=best_of)).n == 3
+
+
 BAD: list[tuple[dict[str, Any], str, str]] = [
+    ({"best_of": 2}, "invalid_value", "best_of"),
+    ({"best_of": 0}, "invalid_value", "best_of"),
+    ({"n": 2, "best_of": 3}, "invalid_value", "best_of"),
+    ({"logprobs": 21}, "invalid_value", "logprobs"),
+    ({"logit_bias": {"259000": 1}}, "invalid_value", "logit_bias"),
+    ({"repetition_penalty": 0}, "invalid_value", "repetition_penalty"),
+    ({"max_tokens": 0, "logprobs": 1}, "invalid_value", "max_tokens"),
+    ({"max_tokens": -1, "echo": True}, "invalid_value", "max_tokens"),
+    ({"prompt": "a" * CONTEXT, "echo": True}, "context_length_exceeded", "prompt"),
+    ({"response_format": {"type": "xml"}}, "invalid_value", "response_format.type"),
     ({"model": None}, "missing_parameter", "model"),
     ({"prompt": []}, "invalid_value", "prompt"),
     ({"prompt": [[]]}, "invalid_value", "prompt"),
@@ -184,6 +280,23 @@ async def test_what_is_wrong_is_named(
     with pytest.raises(ClientError) as error:
         await text(world, **fields)
     assert (error.value.status, error.value.code, error.value.param) == (400, code, param)
+
+
+async def test_the_numbers_of_echoed_prompts_are_bounded(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("router.requests.MAX_ENTRIES", 4 * 2 * 21)  # tokens, choices, numbers
+    assert (await text(world, echo=True, logprobs=20, n=2)).specs
+    for fields in ({"n": 3}, {"prompt": "abcd", "n": 2}, {"prompt": ["abc"] * 3}):
+        with pytest.raises(ClientError) as error:
+            await text(world, echo=True, logprobs=20, **fields)
+        assert (error.value.status, error.value.param) == (400, "logprobs")
+    monkeypatch.setattr("router.requests.MAX_STREAMED_ENTRIES", 4 * 21)
+    assert (await text(world, echo=True, logprobs=20, stream=True)).specs
+    with pytest.raises(ClientError, match="at most 84"):
+        await text(world, echo=True, logprobs=20, n=2, stream=True)
+    assert (await text(world, echo=True, n=3)).specs  # without numbers there is no such bound
+    assert (await text(world, logprobs=20, n=3)).specs
 
 
 async def test_a_long_prompt_is_tokenized_off_the_loop_with_the_same_result(world: World) -> None:

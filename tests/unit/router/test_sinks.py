@@ -148,7 +148,7 @@ async def test_a_whole_answer_is_there_when_all_choices_are() -> None:
     assert [choice["index"] for choice in body["choices"]] == [0, 1, 2, 3]
     assert body["usage"]["prompt_tokens"] == 10 + 11  # each prompt once
     assert body["usage"]["completion_tokens"] == 8
-    assert body["usage"]["prompt_tokens_details"]["cached_tokens"] == 5 + 7  # best of each prompt
+    assert body["usage"]["prompt_tokens_details"]["cached_tokens"] == 4 + 6  # what all found
 
 
 async def test_a_whole_answer_fails_with_its_first_error() -> None:
