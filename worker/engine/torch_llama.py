@@ -1,9 +1,11 @@
-"""Llama: token ids in, logits out, KV into the blocks that the batch names.
+"""Llama and its relatives: token ids in, logits out, KV into the blocks that the batch names.
 
-Written to agree with the reference implementation in `transformers` to float noise. All tokens of a
-step go through the linear layers together; attention is by parts. It knows no jobs and no arena.
+One decoder whose options the config sets. Written to agree with the reference implementation in
+`transformers` to float noise. All tokens of a step go through the linear layers together; attention
+is by parts. It knows no jobs and no arena.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -13,11 +15,14 @@ from torch.nn import functional
 
 from worker.engine.torch_attention import Batch, PagedKv
 from worker.engine.torch_config import LlamaConfig
+from worker.engine.torch_rope import rotary_tables
 from worker.engine.torch_weights import Weights
 
 _EMBEDDING: Final = "model.embed_tokens.weight"
 _HEAD: Final = "lm_head.weight"
 _NORM: Final = "model.norm.weight"
+_QUERY_NORM: Final = "self_attn.q_norm.weight"
+_KEY_NORM: Final = "self_attn.k_norm.weight"
 _IGNORED: Final = (".rotary_emb.inv_freq",)
 """Computed, and stored by old versions only."""
 
@@ -37,6 +42,8 @@ class _Linear:
 class _Layer:
     attention_norm: Tensor
     qkv: _Linear
+    qk_norm: Tensor | None
+    """`[head, dim]`, of the queries' and then the keys' heads."""
     output: _Linear
     mlp_norm: Tensor
     gate_up: _Linear
@@ -47,19 +54,26 @@ class LlamaModel:
     """The weights, and the computation of one step. Call it under `torch.inference_mode`."""
 
     def __init__(
-        self, config: LlamaConfig, weights: Weights, *, dtype: torch.dtype, max_context: int
-    ) -> None:
+        self, config: LlamaConfig, weights: Weights, *, dtype: torch.dtype, max_context: int,
+        device: torch.device,
+    ) -> None:  # fmt: skip
         """Positions are below `max_context`. Raises ConfigError if the weights do not fit."""
         weights.check(expected_tensors(config), optional=_ignored(config))
+
+        def read(name: str) -> Tensor:
+            return weights.read(name, dtype, device)
+
         self._config = config
-        self._embedding = weights.read(_EMBEDDING, dtype)
+        self._embedding = read(_EMBEDDING)
         self._layers = [
-            _read_layer(weights, f"model.layers.{index}.", config, dtype)
+            _read_layer(read, f"model.layers.{index}.", config)
             for index in range(config.num_layers)
         ]
-        self._norm = weights.read(_NORM, dtype)
-        self._head = self._embedding if config.tied_embeddings else weights.read(_HEAD, dtype)
-        self._cos, self._sin = rotary_tables(config, max_context, dtype)
+        self._norm = read(_NORM)
+        self._head = self._embedding if config.tied_embeddings else read(_HEAD)
+        self._cos, self._sin = rotary_tables(
+            config.rope, config.head_dim, max_context, dtype, device
+        )
 
     def hidden(self, batch: Batch, kv: PagedKv) -> Tensor:
         """Write the KV of all rows; `[row, hidden_size]` after the last layer."""
@@ -75,8 +89,8 @@ class LlamaModel:
         return rows
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """`[row, vocab_size]` in float32, of the rows given."""
-        return functional.linear(self._normed(hidden, self._norm), self._head).float()
+        """`[row, vocab_size]` in float32 and in host memory, of the rows given."""
+        return functional.linear(self._normed(hidden, self._norm), self._head).cpu().float()
 
     def _attend(
         self, index: int, layer: _Layer, rows: Tensor, batch: Batch, kv: PagedKv,
@@ -86,6 +100,8 @@ class LlamaModel:
         heads, dim = config.num_heads, config.head_dim
         qkv = layer.qkv(self._normed(rows, layer.attention_norm)).view(rows.shape[0], -1, dim)
         rotated = qkv[:, : heads + config.num_kv_heads]
+        if layer.qk_norm is not None:
+            rotated.copy_(self._normed(rotated, layer.qk_norm))
         # The table's sine has the sign of the half that is moved.
         moved = torch.cat((rotated[..., dim // 2 :], rotated[..., : dim // 2]), dim=-1)
         rotated.mul_(cos).addcmul_(moved, sin)
@@ -99,17 +115,6 @@ class LlamaModel:
         return normed.to(rows.dtype) * weight
 
 
-def rotary_tables(
-    config: LlamaConfig, max_context: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Cosine and signed sine of each position and dimension: `[max_context, head_dim]` each."""
-    steps = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
-    frequencies = 1.0 / (config.rope_theta**steps)
-    angles = torch.outer(torch.arange(max_context).float(), frequencies)
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat([cos, cos], dim=-1).to(dtype), torch.cat([-sin, sin], dim=-1).to(dtype)
-
-
 def expected_tensors(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor that the model is made of, by its name in the files."""
     hidden, vocab = config.hidden_size, config.vocab_size
@@ -120,6 +125,8 @@ def expected_tensors(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
         prefix = f"model.layers.{index}."
         shapes[f"{prefix}input_layernorm.weight"] = (hidden,)
         shapes[f"{prefix}post_attention_layernorm.weight"] = (hidden,)
+        if config.qk_norm:
+            shapes[f"{prefix}{_QUERY_NORM}"] = shapes[f"{prefix}{_KEY_NORM}"] = (config.head_dim,)
         for name, (rows, columns, has_bias) in _projections(config).items():
             shapes[f"{prefix}{name}.weight"] = (rows, columns)
             if has_bias:
@@ -131,12 +138,12 @@ def _projections(config: LlamaConfig) -> dict[str, tuple[int, int, bool]]:
     """Output size, input size and whether there is a bias."""
     hidden, inner = config.hidden_size, config.intermediate_size
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    attention, mlp = config.attention_bias, config.mlp_bias
+    qkv, mlp = config.qkv_bias, config.mlp_bias
     return {
-        "self_attn.q_proj": (queries, hidden, attention),
-        "self_attn.k_proj": (keys, hidden, attention),
-        "self_attn.v_proj": (keys, hidden, attention),
-        "self_attn.o_proj": (hidden, queries, attention),
+        "self_attn.q_proj": (queries, hidden, qkv),
+        "self_attn.k_proj": (keys, hidden, qkv),
+        "self_attn.v_proj": (keys, hidden, qkv),
+        "self_attn.o_proj": (hidden, queries, config.output_bias),
         "mlp.gate_proj": (inner, hidden, mlp),
         "mlp.up_proj": (inner, hidden, mlp),
         "mlp.down_proj": (hidden, inner, mlp),
@@ -147,21 +154,24 @@ def _ignored(config: LlamaConfig) -> tuple[str, ...]:
     return (*_IGNORED, _HEAD) if config.tied_embeddings else _IGNORED
 
 
-def _read_layer(
-    weights: Weights, prefix: str, config: LlamaConfig, dtype: torch.dtype
-) -> _Layer:  # fmt: skip
+def _read_layer(read: Callable[[str], Tensor], prefix: str, config: LlamaConfig) -> _Layer:
     def joined(*names: str) -> _Linear:
         paths = [f"{prefix}{name}" for name in names]
-        weight = torch.cat([weights.read(f"{path}.weight", dtype) for path in paths])
+        weight = torch.cat([read(f"{path}.weight") for path in paths])
         if not _projections(config)[names[0]][2]:
             return _Linear(weight, None)
-        return _Linear(weight, torch.cat([weights.read(f"{path}.bias", dtype) for path in paths]))
+        return _Linear(weight, torch.cat([read(f"{path}.bias") for path in paths]))
 
+    qk_norm = None
+    if config.qk_norm:
+        query, key = read(f"{prefix}{_QUERY_NORM}"), read(f"{prefix}{_KEY_NORM}")
+        qk_norm = torch.stack([query] * config.num_heads + [key] * config.num_kv_heads)
     return _Layer(
-        attention_norm=weights.read(f"{prefix}input_layernorm.weight", dtype),
+        attention_norm=read(f"{prefix}input_layernorm.weight"),
         qkv=joined("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        qk_norm=qk_norm,
         output=joined("self_attn.o_proj"),
-        mlp_norm=weights.read(f"{prefix}post_attention_layernorm.weight", dtype),
+        mlp_norm=read(f"{prefix}post_attention_layernorm.weight"),
         gate_up=joined("mlp.gate_proj", "mlp.up_proj"),
         down=joined("mlp.down_proj"),
     )

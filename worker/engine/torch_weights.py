@@ -53,12 +53,14 @@ class Weights:
         for name, shape in expected.items():
             self._check_tensor(name, shape)
 
-    def read(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+    def read(
+        self, name: str, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> torch.Tensor:
         """Memory of its own: the files may be replaced while the model runs."""
         file = self._owner[name]
         with _reading(self._folder / file):
             stored: torch.Tensor = self._files[file].get_tensor(name)
-            return stored.to(dtype, copy=True)
+            return stored.to(device, dtype, copy=True)
 
     def _check_tensor(self, name: str, shape: tuple[int, ...]) -> None:
         file = self._owner[name]

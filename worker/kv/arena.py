@@ -10,7 +10,7 @@ import mmap
 import os
 import secrets
 import tempfile
-from typing import Final
+from typing import Final, Literal
 
 from protocol.errors import ConfigError, LocalError
 
@@ -55,6 +55,10 @@ class SharedMemory:
 
 class Arena(SharedMemory):
     """All KV blocks of a worker, block after block; `block_bytes` is one block's size."""
+
+    kind: Literal["host", "cuda"] = "host"
+    device: int = 0
+    """The GPU's number, if `kind` is "cuda"."""
 
     def __init__(self, num_blocks: int, block_bytes: int) -> None:
         if num_blocks < 1 or block_bytes < 1:

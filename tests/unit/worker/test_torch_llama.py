@@ -18,6 +18,7 @@ from tests.unit.worker.tiny_llama import (
     reference,
 )
 from worker.engine.torch_config import read_llama_config
+from worker.engine.torch_rope import PlainRope
 
 TOLERANCE = 1e-4
 LENGTH = 3 * BLOCK + 5
@@ -187,15 +188,14 @@ def test_wrong_kv_gives_other_logits(folder: Path) -> None:
         ({"architectures": None, "model_type": "gpt2"}, "architecture gpt2"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantized"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope scaling 'llama3'"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope scaling 'linear'"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope scaling 'yarn'"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope scaling 'dynamic'"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "rope scaling 'longrope'"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"rope_scaling": 2}, "rope_scaling must be an object"),
         ({"hidden_size": None}, "hidden_size is missing"),
         ({"hidden_size": "32"}, "hidden_size must be int, not '32'"),
         ({"num_hidden_layers": True}, "num_hidden_layers must be int"),
-        ({"num_hidden_layers": 0}, "num_layers must be above 0"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers must be above 0"),
         ({"num_key_value_heads": 3}, "4 attention heads cannot share 3 KV heads"),
         ({"head_dim": 7}, "head_dim 7 is odd"),
     ],
@@ -211,10 +211,10 @@ def test_a_config_that_is_not_understood_is_refused(changes: dict[str, Any], sai
 
 def test_both_ways_of_writing_the_rope_base_are_read() -> None:
     plain = {k: v for k, v in BASE.items() if k != "rope_theta"}
-    assert read_llama_config(plain, "c").rope_theta == 10_000.0
-    assert read_llama_config({**plain, "rope_theta": 5e5}, "c").rope_theta == 5e5
+    assert read_llama_config(plain, "c").rope == PlainRope(10_000.0)
+    assert read_llama_config({**plain, "rope_theta": 5e5}, "c").rope == PlainRope(5e5)
     nested = {"rope_parameters": {"rope_type": "default", "rope_theta": 123}}
-    assert read_llama_config({**plain, **nested}, "c").rope_theta == 123.0
+    assert read_llama_config({**plain, **nested}, "c").rope == PlainRope(123.0)
 
 
 def _tables(lengths: list[int], num_blocks: int) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""Small random Llama models in folders, what `transformers` says of them, and engines over them."""
+"""Small random models in folders, what `transformers` says of them, and engines over them."""
 
 import asyncio
 import json
@@ -25,13 +25,17 @@ from worker.engine.base import EngineInfo
 from worker.engine.runner import Chunk
 from worker.engine.stepper import Stepper, StepperConfig
 from worker.engine.torch_config import read_llama_config
-from worker.engine.torch_engine import TorchRunner, build_runner, build_torch
+from worker.engine.torch_engine import TorchRunner, build_arena, build_runner, build_torch
 from worker.engine.torch_llama import expected_tensors
-from worker.kv.arena import Arena
 from worker.transfer.base import Transfer
+
+# Two threads wait for each other at every step of models as small as these.
+torch.set_num_threads(1)
 
 VOCAB = 320
 EOS = 2
+NULL = "null"
+"""A change of a config that writes null."""
 BLOCK = 8
 GREEDY = Sampling(max_tokens=1, temperature=0.0, ignore_eos=True)
 CORPUS = (
@@ -74,9 +78,13 @@ def make_model(
     folder: Path, *, seed: int = 0, num_files: int = 1, dtype: torch.dtype = torch.float32,
     **changes: Any,
 ) -> Path:  # fmt: skip
-    """A model folder; `changes` of None remove a key of its config."""
+    """A model folder; `changes` of None remove a key of its config, NULL leaves it empty."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = {k: v for k, v in {**BASE, **changes}.items() if v is not None}
+    config = {
+        key: None if value is NULL else value
+        for key, value in {**BASE, **changes}.items()
+        if value is not None
+    }
     (folder / "config.json").write_text(json.dumps(config))
     _tokenizer().save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|end|>"}))
@@ -142,20 +150,20 @@ def prompt_of(num_tokens: int, salt: int = 0, vocab: int = VOCAB) -> list[int]:
 
 
 class Reference:
-    """The same folder in `transformers`: eager attention, float32."""
+    """The same folder in `transformers`."""
 
-    def __init__(self, folder: Path) -> None:
-        from transformers import LlamaForCausalLM  # slow: only where it is asked for
+    def __init__(self, folder: Path, dtype: torch.dtype, attention: str) -> None:
+        from transformers import AutoModelForCausalLM  # slow: only where it is asked for
 
-        self._model: Any = LlamaForCausalLM.from_pretrained(
-            folder, attn_implementation="eager", dtype=torch.float32
+        self._model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, attn_implementation=attention, dtype=dtype
         )
         self._model.generation_config.eos_token_id = None
 
     @torch.no_grad()
     def logits(self, ids: Sequence[int]) -> Tensor:
         found: Tensor = self._model(torch.tensor([list(ids)])).logits[0]
-        return found
+        return found.float()
 
     @torch.no_grad()
     def greedy(self, ids: Sequence[int], num_tokens: int) -> list[int]:
@@ -172,8 +180,10 @@ class Reference:
 
 
 @cache
-def reference(folder: Path) -> Reference:
-    return Reference(folder)
+def reference(
+    folder: Path, dtype: torch.dtype = torch.float32, attention: str = "eager"
+) -> Reference:
+    return Reference(folder, dtype, attention)
 
 
 # ours
@@ -192,7 +202,8 @@ class Bench:
         eos_ids = Tokenizer.from_assets(assets).eos_ids
         self.runner: TorchRunner
         self.runner, num_blocks = build_runner(config_of(folder, **settings), assets, eos_ids)
-        self.arena = Arena(num_blocks, self.runner.layout.block_bytes)
+        layout = self.runner.layout
+        self.arena = build_arena(num_blocks, layout.block_bytes, self.runner.device)
         self.runner.bind(self.arena)
 
     @torch.inference_mode()
