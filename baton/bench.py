@@ -1,5 +1,8 @@
 """`baton bench`: CPU per token and per request of every process of a simulated fleet.
 
+`baton bench transfer` is another matter (`bench_transfer`): no fleet, two processes and KV blocks.
+So is `baton bench engine` (`bench_engine`): no fleet, one process and `transformers`.
+
 Wall-clock figures depend on who else uses the machine; CPU-µs per unit repeat. The fleet is a real
 one (`baton up --engine simulated`), the load comes from this process over plain sockets.
 """
@@ -16,6 +19,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Final
 
+from baton import bench_engine, bench_transfer
 from protocol.errors import ConfigError
 
 _TICK_S: Final = 1.0 / os.sysconf("SC_CLK_TCK")
@@ -23,17 +27,28 @@ _START_TIMEOUT_S: Final = 60.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", nargs="?", choices=["tokens", "requests"], default="tokens")
+    parser.add_argument(
+        "what",
+        nargs="?",
+        choices=["tokens", "requests", "transfer", "engine"],
+        default="tokens",
+    )
     parser.add_argument("--streams", type=int, default=64, help="streams, or requests at once")
     parser.add_argument("--tokens", type=int, default=250, help="tokens of a stream (tokens)")
     parser.add_argument("--step-ms", type=float, default=20.0, help="one token each (tokens)")
     parser.add_argument("--requests", type=int, default=2_000, help="two tokens each (requests)")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--json", metavar="F", default="", help="write the rows there as well")
+    bench_transfer.add_arguments(parser)
+    bench_engine.add_arguments(parser)
 
 
 async def run_bench(args: argparse.Namespace, stop: asyncio.Event) -> int:
     """Start a fleet, load it `--runs` times, print a table. Raises ConfigError."""
+    if args.what == "engine":
+        return await bench_engine.run_engine(args, stop)
+    if args.what == "transfer":
+        return await bench_transfer.run_transfers(args, stop)
     if min(args.streams, args.tokens, args.requests, args.runs) < 1:
         raise ConfigError("--streams, --tokens, --requests and --runs must be at least 1")
     measure = {"tokens": _paced_tokens, "requests": _requests}[args.what]

@@ -15,6 +15,8 @@ def demo_model_folder() -> Path:
 
 def with_model(config: WorkerConfig) -> WorkerConfig:
     """Fill in the model's folder and the name it is served under."""
+    if config.engine == "vllm":
+        return config  # its server names the model
     name = config.served_model_name
     if not config.model:
         folder = str(demo_model_folder()) if config.engine == "torch" else ""

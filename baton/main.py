@@ -1,6 +1,7 @@
 """The `baton` command line."""
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -43,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
         from worker.config import WorkerConfig
 
         add_flags(worker, WorkerConfig)
-    bench = commands.add_parser("bench", help="CPU per token and per request, simulated engines")
+    bench = commands.add_parser("bench", help="CPU per token and per request; pace of KV transfers")
     add_arguments(bench)
     return parser
 
@@ -105,10 +106,14 @@ def _worker(args: argparse.Namespace) -> int:
     from baton.demo import with_model
     from worker.config import WorkerConfig
     from worker.main import run_worker
+    from worker.trtllm_config import TrtllmKeys
 
-    config = with_model(load_settings(WorkerConfig, args, os.environ))
+    foreign = TrtllmKeys(WorkerConfig.__struct_fields__)
+    config = with_model(load_settings(WorkerConfig, args, os.environ, foreign))
     disable_created_metrics()  # type: ignore[no-untyped-call]
     set_up_logs(config.log_level, config.log_format)
+    for note in foreign.notes:
+        logging.getLogger("baton.worker").info("%s", note)
     return run_process(lambda stop, stop_now: run_worker(config, stop, stop_now))
 
 

@@ -1,16 +1,17 @@
 """One config struct from a YAML file, `BATON_*` variables and flags: later ones win.
 
 Unknown keys of the file and unknown flags are errors that name the nearest right one; so are values
-of the wrong type. An unknown variable is only said and ignored.
+of the wrong type. An unknown variable is only said and ignored. File and environment may also hold
+another program's names, if somebody who knows them translates them first.
 """
 
 import argparse
 import difflib
 import sys
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 import msgspec
 import yaml
@@ -64,13 +65,28 @@ def shown_default(field: msgspec.structs.FieldInfo) -> str:
     return "none" if value in ("", None, msgspec.NODEFAULT) else str(value)
 
 
-def load_settings(config: type[C], args: argparse.Namespace, environ: Mapping[str, str]) -> C:
+class Translator(Protocol):
+    """Turns another program's names into ours."""
+
+    @property
+    def names(self) -> Collection[str]:
+        """Those it understands in a file."""
+
+    def translate(
+        self, values: Mapping[str, Any], where: str, environ: Mapping[str, str]
+    ) -> dict[str, Any]:
+        """What the file says, in our names; unknown keys stay as they are. Raises ConfigError."""
+
+
+def load_settings(
+    config: type[C],
+    args: argparse.Namespace,
+    environ: Mapping[str, str],
+    translator: Translator | None = None,
+) -> C:
     """Raises ConfigError with one line."""
     names = {field.name for field in msgspec.structs.fields(config)}
-    values: dict[str, Any] = {}
-    path = getattr(args, "config", None)
-    if path is not None:
-        values.update(_checked_names(_read(Path(path)), names, str(path)))
+    values = _from_file(getattr(args, "config", None), names, environ, translator)
     given = {
         key.removeprefix(_PREFIX).lower(): value
         for key, value in environ.items()
@@ -91,6 +107,21 @@ def load_settings(config: type[C], args: argparse.Namespace, environ: Mapping[st
     return built
 
 
+def _from_file(
+    path: str | None, names: set[str], environ: Mapping[str, str], translator: Translator | None
+) -> dict[str, Any]:
+    values = {} if path is None else _read(Path(path))
+    where = path or "environment"
+    known = names
+    if translator is not None:
+        values = translator.translate(values, where, environ)
+        known = names | set(translator.names)
+    for name in values:
+        if name not in names:
+            raise ConfigError(f"{where}: unknown key `{name}`{_hint(str(name), known)}")
+    return values
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         loaded = yaml.safe_load(path.read_text())
@@ -104,13 +135,6 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise ConfigError(f"{path} must be a mapping of names to values")
     return loaded
-
-
-def _checked_names(values: Mapping[Any, Any], names: set[str], where: str) -> dict[str, Any]:
-    for name in values:
-        if name not in names:
-            raise ConfigError(f"{where}: unknown key `{name}`{_hint(str(name), names)}")
-    return dict(values)
 
 
 def _hint(name: str, names: set[str]) -> str:

@@ -20,7 +20,8 @@ Every setting has one name: `stall_timeout_ms` in a YAML file (`--config F`), `-
 as a flag, `BATON_STALL_TIMEOUT_MS` in the environment. Flags win over the environment, the
 environment over the file. An unknown name in a file is an error that suggests the nearest one; an
 unknown variable is said and ignored (orchestrators inject such names). Times are milliseconds.
-What each deadline does is in [deadlines.md](deadlines.md).
+What each deadline does is in [deadlines.md](deadlines.md), what moves KV and which names of
+TensorRT-LLM a worker's file may have in [transfers.md](transfers.md).
 
 `baton up` passes settings on: `--set router.stall_timeout_ms=3000`, `--set worker.lease_ms=3000`
 (all workers), `--set decode.max_running=8` (those of one role).

@@ -13,13 +13,24 @@ class WorkerConfig(ProcessSettings, frozen=True, kw_only=True, forbid_unknown_fi
     """Times end in `_ms`. See `docs/configuration.md`."""
 
     role: Annotated[Role, about("what it does")] = "both"
-    engine: Annotated[Literal["torch", "simulated"], about("what computes")] = "torch"
+    engine: Annotated[Literal["torch", "simulated", "vllm"], about("what computes")] = "torch"
+    url: Annotated[str, about("vllm: where its server is, without /v1")] = ""
+    url_api_key: Annotated[str, about("vllm: its --api-key")] = ""
+    kv_events_url: Annotated[
+        str, about("vllm: where its KV events come from, tcp://...; with a * we listen there")
+    ] = ""
+    kv_replay_url: Annotated[str, about("vllm: its replay_endpoint for KV events")] = ""
+    engine_start_timeout_ms: Annotated[
+        int, about("vllm: its server is waited for so long at start")
+    ] = 300_000
     model: Annotated[str, about("folder of a Hugging Face model; empty: the demo model")] = ""
     served_model_name: Annotated[str, about("the name clients ask for; empty: the folder's")] = ""
-    device: Annotated[str, about("where torch computes")] = "cpu"
+    device: Annotated[
+        str, about("where torch computes and KV is: cpu, cuda (the first GPU) or cuda:N")
+    ] = "cpu"
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
-        about("of weights and KV; auto: float32 on CPU"),
+        about("of weights and KV; auto: float32 on CPU, the model's own on a GPU"),
     ] = "auto"
     threads: Annotated[int, about("of the computation; 0: all cores")] = 0
     host: Annotated[str, about("address under which other workers reach our transfers")] = (
@@ -27,9 +38,18 @@ class WorkerConfig(ProcessSettings, frozen=True, kw_only=True, forbid_unknown_fi
     )
     transfer: Annotated[
         Literal["auto", "nixl", "ucx", "shm", "tcp"],
-        about("how KV moves; auto: shm on one host, else tcp"),
+        about(
+            "how KV moves; auto: nixl with RDMA or KV on a GPU, else shm on one host, else nixl "
+            "where CMA works, else tcp (ucx only by name)"
+        ),
     ] = "auto"
-    transfer_port: Annotated[int, about("of the tcp transfer; 0: any free port")] = 0
+    transfer_port: Annotated[
+        int, about("where the tcp or ucx transfer listens; 0: any free port")
+    ] = 0
+    nixl_backend: Annotated[Literal["UCX", "LIBFABRIC"], about("what nixl moves bytes with")] = (
+        "UCX"
+    )
+    nixl_plugin_dir: Annotated[str, about("where nixl finds its plugins; empty: its own")] = ""
     metrics_port: Annotated[int, about("serves /metrics; 0: not served, -1: any free port")] = 0
     block_size: Annotated[int, about("tokens in a KV block")] = 32
     num_blocks: Annotated[int, about("KV blocks; 0: as many as kv_memory_mb holds")] = 0
@@ -79,6 +99,8 @@ class WorkerConfig(ProcessSettings, frozen=True, kw_only=True, forbid_unknown_fi
 
     def check(self) -> None:
         super().check()
+        if self.engine == "vllm" and not self.url.startswith(("http://", "https://")):
+            raise ConfigError("engine vllm needs url: http://HOST:PORT of its server")
         for field in self.__struct_fields__:
             value = getattr(self, field)
             if field.endswith("_ms") and value <= 0 and not field.startswith("sim_"):
@@ -86,5 +108,7 @@ class WorkerConfig(ProcessSettings, frozen=True, kw_only=True, forbid_unknown_fi
         for field in ("block_size", "max_running", "max_step_tokens", "kv_memory_mb"):
             if getattr(self, field) < 1:
                 raise ConfigError(f"{field} must be at least 1")
+        if self.max_tokens_in_buffer is not None and self.max_tokens_in_buffer < 1:
+            raise ConfigError("max_tokens_in_buffer must be at least 1, or none for no bound")
         if self.etcd_ttl_ms < 1_000:
             raise ConfigError("etcd_ttl_ms must be at least 1000: etcd counts seconds")

@@ -111,7 +111,7 @@ class _Running:
             worker_id=self.worker,
             incarnation=self.incarnation,
             role=config.role,
-            model=config.served_model_name,
+            model=config.served_model_name or engine.model_name,
             model_digest=engine.model_digest,
             layout=engine.layout,
             capacity=engine.capacity,
@@ -122,6 +122,7 @@ class _Running:
             host=socket.gethostname(),
             started_at_ms=int(time.time() * 1000),
             labels=config.labels,
+            transport_reasons=dict(engine.transport_reasons),
         )
 
     def _serve_metrics(self, info: WorkerInfo) -> None:

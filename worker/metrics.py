@@ -25,6 +25,8 @@ class WorkerCollector(Collector):
         self._engine = engine
         self._outbox = outbox
         self._labels = [info.model, info.role, info.worker_id]
+        self._running = info.transports
+        self._reasons = info.transport_reasons
 
     def describe(self) -> list[Metric]:
         return []
@@ -49,9 +51,30 @@ class WorkerCollector(Collector):
         for state, count in states.items():
             blocks.add_metric([*self._labels, state], count)
         yield blocks
+        yield from self._transports()
         yield self._gauge("baton_worker_running", "Sequences in the batch.", load.running)
         yield self._gauge("baton_worker_waiting", "Sequences waiting for blocks.", load.waiting)
         yield self._gauge("baton_worker_records", "Attempts kept for replay.", len(self._outbox))
+
+    def _transports(self) -> Iterator[Metric]:
+        """One series for each transport, and one for each source that the engine remembers."""
+        available = GaugeMetricFamily(
+            "baton_kv_transfer_available",
+            "1 if the transport runs here, and why (not).",
+            labels=[*_LABELS, "transport", "reason"],
+        )
+        for transport, reason in self._reasons.items():
+            runs = 1 if transport in self._running else 0
+            available.add_metric([*self._labels, transport, reason], runs)
+        yield available
+        pairs = GaugeMetricFamily(
+            "baton_kv_transfer_pairs",
+            "The transport over which a source worker's KV comes here, and why that one.",
+            labels=[*_LABELS, "source", "transport", "reason"],
+        )
+        for source, (transport, reason) in self._engine.stats().pairs.items():
+            pairs.add_metric([*self._labels, source, transport, reason], 1)
+        yield pairs
 
     def _counters(self) -> Iterator[Metric]:
         stats = self._engine.stats()

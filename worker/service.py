@@ -329,6 +329,8 @@ class Service:
                 info.transfer_bytes,
                 info.transfer_s,
                 info.prompt_logprobs,
+                info.source,
+                info.transport_reason,
             ),
         )
 

@@ -9,6 +9,7 @@ hold is a function of version and number (`content`), so that the sink knows wha
 import base64
 import ctypes
 import json
+import os
 import struct
 import sys
 import threading
@@ -19,8 +20,10 @@ import msgspec
 from protocol.handoff import Offer
 from worker.kv.arena import Arena, LeaseTable, ScratchWords
 from worker.transfer.base import Transfer
+from worker.transfer.nixl import NixlTransfer
 from worker.transfer.shm import ShmTransfer
 from worker.transfer.tcp import TcpTransfer
+from worker.transfer.ucx import UcxTransfer
 
 
 def content(version: int, block: int, block_bytes: int) -> bytes:
@@ -30,6 +33,16 @@ def content(version: int, block: int, block_bytes: int) -> bytes:
 def build(options: dict[str, Any]) -> Transfer:
     if options["transport"] == "shm":
         return ShmTransfer(num_threads=1)
+    if options["transport"].startswith("nixl"):
+        name = options.get("agent_name", f"peer.{os.getpid()}")
+        return NixlTransfer(agent_name=name, host=options.get("host", "127.0.0.1"))
+    if options["transport"] == "ucx":
+        return UcxTransfer(
+            port=options.get("port", 0),
+            max_connections=options.get("max_connections", 64),
+            idle_timeout_s=options.get("idle_timeout_s", 60.0),
+            throttle_bytes_per_s=options.get("throttle_bytes_per_s"),
+        )
     return TcpTransfer(
         port=options.get("port", 0),
         num_threads=1,
@@ -63,7 +76,7 @@ class Peer:
         self.leases.zero(slot)
 
     def stats(self) -> dict[str, int]:
-        assert isinstance(self.transfer, TcpTransfer)
+        assert isinstance(self.transfer, (TcpTransfer, UcxTransfer))
         stats = self.transfer.stats
         return {name: getattr(stats, name) for name in asdict_names(stats)}
 

@@ -27,7 +27,9 @@ FOREIGN = 0xEE
 
 
 class PeerProcess:
-    """A source in another process."""
+    """A source in another process, which runs `script`."""
+
+    script = ROOT / "tests/contract/transfer_peer.py"
 
     def __init__(self, transport: str, **options: Any) -> None:
         settings = {
@@ -38,7 +40,7 @@ class PeerProcess:
             **options,
         }
         self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "tests/contract/transfer_peer.py"), json.dumps(settings)],
+            [sys.executable, str(self.script), json.dumps(settings)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

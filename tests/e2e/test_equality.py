@@ -1,6 +1,9 @@
 """Fifty prompts through one worker of both roles and through prefill + decode over each transport:
 the same text everywhere, and transformers' where greedy.
 
+Every second prompt is sampled, and every second pair has penalties, a bias and log-probabilities:
+what they depend on crosses from one leg to the other.
+
 A greedy decision whose two best logits are closer than `MARGIN` may fall either way when other
 sequences share the step (batch shapes move float sums), so prompts are drawn until the reference
 has no such tie; how many were passed over is asserted to stay small.
@@ -9,6 +12,8 @@ has no such tie; how many were passed over is asserted to stay small.
 import asyncio
 import pydoc_data.topics
 import random
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,13 +35,39 @@ MARGIN = 1e-4
 pytestmark = [pytest.mark.xdist_group("equality"), pytest.mark.timeout(240)]
 
 
+NOISE = 1e-3
+"""Batch shapes move log-probabilities by less."""
+PENALTIES: dict[str, Any] = {
+    "repetition_penalty": 1.05,
+    "presence_penalty": -1.5,
+    "frequency_penalty": 0.7,
+    "logit_bias": {"300": 8, "301": -100},
+    "logprobs": 2,
+}
+"""Each of them changes the greedy answers to about half of the prompts."""
+TRANSPORTS: dict[str, tuple[str, dict[str, str]]] = {
+    "shm": ("shm", {}),
+    "tcp": ("tcp", {}),
+    "nixl": ("nixl", {}),
+    "nixl over tcp": ("nixl", {"UCX_TLS": "tcp"}),
+    "ucx": ("ucx", {}),
+}
+"""What is asked for, and in which environment."""
+
+
 @dataclass(frozen=True)
 class Case:
     ids: list[int]
-    seed: int | None
-    """None: greedy."""
+    options: dict[str, Any]
     expected: str | None
     """Text of transformers, where greedy."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    text: str
+    logprobs: list[float]
+    """Of its tokens, where asked for."""
 
 
 class Reference:
@@ -49,7 +80,9 @@ class Reference:
         self._torch = torch
         self._model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
-    def greedy(self, ids: list[int], num_tokens: int) -> tuple[list[int], float]:
+    def greedy(
+        self, ids: list[int], num_tokens: int, options: dict[str, Any]
+    ) -> tuple[list[int], float]:
         torch = self._torch
         out: list[int] = []
         smallest = float("inf")
@@ -57,13 +90,29 @@ class Reference:
         feed = torch.tensor([ids])
         with torch.inference_mode():
             for _ in range(num_tokens):
-                answer = self._model(feed, past_key_values=past, use_cache=True)
+                answer = self._model(feed, past_key_values=past, use_cache=True, logits_to_keep=1)
                 past = answer.past_key_values
-                best = answer.logits[0, -1].topk(2)
+                logits = self._penalised(answer.logits[0, -1].clone(), ids, out, options)
+                best = logits.topk(2)
                 smallest = min(smallest, float(best.values[0] - best.values[1]))
                 out.append(int(best.indices[0]))
                 feed = torch.tensor([[out[-1]]])
         return out, smallest
+
+    def _penalised(
+        self, logits: Any, ids: list[int], out: list[int], options: dict[str, Any]
+    ) -> Any:
+        """By the formulas of OpenAI's documentation, and for repetition of transformers'."""
+        for token, bias in options.get("logit_bias", {}).items():
+            logits[int(token)] += bias
+        repetition = options.get("repetition_penalty", 1.0)
+        seen = self._torch.tensor(sorted({*ids, *out}))
+        old = logits[seen]
+        logits[seen] = self._torch.where(old < 0, old * repetition, old / repetition)
+        for token, count in Counter(out).items():
+            logits[token] -= options.get("presence_penalty", 0.0)
+            logits[token] -= count * options.get("frequency_penalty", 0.0)
+        return logits
 
 
 @pytest.fixture(scope="module")
@@ -72,11 +121,21 @@ def tokenizer() -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def cases(tokenizer: Tokenizer) -> list[Case]:
+def reference() -> Iterator[Reference]:
+    """In one thread: several on a busy machine wait for each other at every small step."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield Reference(demo_model_folder())
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def cases(tokenizer: Tokenizer, reference: Reference) -> list[Case]:
     text = "\n\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
     corpus = tokenizer.encode(text[:400_000], add_special_tokens=False)
     rng = random.Random(20)
-    reference = Reference(demo_model_folder())
     lengths = [1, 2, 31, 32, 33, 64, 65, MAX_PROMPT]
     lengths += [int(MAX_PROMPT ** rng.random()) for _ in range(NUM_PROMPTS - len(lengths))]
     found: list[Case] = []
@@ -85,40 +144,41 @@ def cases(tokenizer: Tokenizer) -> list[Case]:
         while True:
             start = rng.randrange(len(corpus) - length)
             ids = corpus[start : start + length]
+            options = PENALTIES if number % 4 >= 2 else {}
             if number % 2:
-                found.append(Case(ids, rng.randrange(1 << 40), None))
+                options = {"temperature": 0.9, "top_p": 0.95, "min_p": 0.01} | options
+                found.append(Case(ids, {"seed": rng.randrange(1 << 40)} | options, None))
                 break
-            out, margin = reference.greedy(ids, MAX_TOKENS)
+            out, margin = reference.greedy(ids, MAX_TOKENS, options)
             if margin >= MARGIN:
                 expected = tokenizer.decode(out, skip_special_tokens=True)
-                found.append(Case(ids, None, expected))
+                found.append(Case(ids, {"temperature": 0} | options, expected))
                 break
             passed_over += 1
     assert passed_over <= NUM_PROMPTS, "too many near ties for the test to mean anything"
     return found
 
 
-async def answers(fleet: Fleet, cases: list[Case]) -> list[str]:
-    """Streamed completions of all cases, `CONCURRENCY` at a time."""
+async def answers(fleet: Fleet, cases: list[Case]) -> list[Answer]:
+    """Completions of all cases, `CONCURRENCY` at a time."""
     gate = asyncio.Semaphore(CONCURRENCY)
     async with aiohttp.ClientSession() as session:
 
-        async def ask(case: Case) -> str:
-            sampling = {"temperature": 0} if case.seed is None else {"seed": case.seed}
-            if case.seed is not None:
-                sampling |= {"temperature": 0.9, "top_p": 0.95}
+        async def ask(case: Case) -> Answer:
             body = {
                 "model": MODEL,
                 "prompt": case.ids,
                 "max_tokens": MAX_TOKENS,
                 "ignore_eos": True,
-                **sampling,
+                **case.options,
             }
             async with gate, session.post(f"{fleet.base_url}/v1/completions", json=body) as answer:
                 assert answer.status == 200, await answer.text()
                 whole = await answer.json()
                 assert whole["usage"]["completion_tokens"] == MAX_TOKENS
-                return str(whole["choices"][0]["text"])
+                choice = whole["choices"][0]
+                scored = choice["logprobs"]["token_logprobs"] if "logprobs" in case.options else []
+                return Answer(choice["text"], scored)
 
         async with asyncio.TaskGroup() as tasks:
             asked = [tasks.create_task(ask(case)) for case in cases]
@@ -126,25 +186,34 @@ async def answers(fleet: Fleet, cases: list[Case]) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def aggregated(cases: list[Case], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+def aggregated(cases: list[Case], tmp_path_factory: pytest.TempPathFactory) -> list[Answer]:
     """What one worker of both roles says."""
     folder = tmp_path_factory.mktemp("both")
     with Fleet(folder, prefill=0, decode=0, both=1, engine="torch") as fleet:
-        texts = asyncio.run(answers(fleet, cases))
+        found = asyncio.run(answers(fleet, cases))
         assert fleet.metric("baton_kv_transfers_total") == 0
-    return texts
+    return found
 
 
-def test_one_worker_says_what_transformers_says(cases: list[Case], aggregated: list[str]) -> None:
+def test_one_worker_says_what_transformers_says(
+    cases: list[Case], aggregated: list[Answer]
+) -> None:
     greedy = [number for number, case in enumerate(cases) if case.expected is not None]
     assert len(greedy) == NUM_PROMPTS // 2
-    assert [aggregated[n] for n in greedy] == [cases[n].expected for n in greedy]
+    assert [aggregated[n].text for n in greedy] == [cases[n].expected for n in greedy]
 
 
-@pytest.mark.parametrize("transport", ["shm", "tcp"])
+@pytest.mark.parametrize("path", TRANSPORTS)
 def test_prefill_and_decode_on_two_workers_say_the_same(
-    transport: str, cases: list[Case], aggregated: list[str], tmp_path: Path
+    path: str,
+    cases: list[Case],
+    aggregated: list[Answer],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    transport, environ = TRANSPORTS[path]
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
     with Fleet(
         tmp_path,
         engine="torch",
@@ -152,10 +221,16 @@ def test_prefill_and_decode_on_two_workers_say_the_same(
         flags=[f"--transfer={transport}"],
     ) as fleet:
         assert_light(fleet.process("router").pid)
-        texts = asyncio.run(answers(fleet, cases))
+        told = Path(f"/proc/{fleet.process('decode-0').pid}/environ").read_text().split("\0")
+        assert {f"{name}={value}" for name, value in environ.items()} <= set(told)
+        found = asyncio.run(answers(fleet, cases))
         pulled = fleet.metric("baton_kv_transfers_total", transport=transport)
-    assert texts == aggregated
-    assert pulled == NUM_PROMPTS
+        assert pulled == fleet.metric("baton_kv_transfers_total") == NUM_PROMPTS
+    assert [answer.text for answer in found] == [answer.text for answer in aggregated]
+    for answer, alone in zip(found, aggregated, strict=True):
+        assert answer.logprobs == pytest.approx(alone.logprobs, abs=NOISE)
+    scored = [answer for answer in found if answer.logprobs]
+    assert [len(answer.logprobs) for answer in scored] == [MAX_TOKENS] * (NUM_PROMPTS // 2 - 1)
 
 
 def assert_light(pid: int) -> None:

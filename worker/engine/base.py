@@ -4,7 +4,7 @@ An engine owns its KV, its batches and its clock; the service owns mailboxes and
 ask again. Everything here is called on the event loop and returns at once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -67,6 +67,10 @@ class DecodingInfo:
     transfer_bytes: int = 0
     transfer_s: float = 0.0
     prompt_logprobs: list[TokenLogprob | None] | None = None
+    source: str = ""
+    """The worker it was pulled from."""
+    transport_reason: str = ""
+    """Why that transport and no other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +91,11 @@ class EngineInfo:
     traits: EngineTraits
     assets: ModelAssets | None
     transports: tuple[str, ...] = ()
+    """Those that run, best first."""
+    transport_reasons: Mapping[str, str] = field(default_factory=dict)
+    """Of every known transport: why it runs, or why not."""
+    model_name: str = ""
+    """What an external engine calls it: the served name, where the operator gave none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +131,8 @@ class EngineStats:
     """By (transport, result)."""
     transfer_bytes: dict[str, int] = field(default_factory=dict)
     """Pulled bytes by transport."""
+    pairs: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    """By source worker: the transport its KV comes over, and why that one. Bounded."""
     preemptions: int = 0
     prefilled_tokens: int = 0
     cached_tokens: int = 0

@@ -2,19 +2,24 @@
 
 The rules are in `worker.handoff.sink`; here its commands are carried out. Lives in the engine's
 thread; what transports report from their threads comes in through `post`.
+
+A copy that ended in an error is tried again at once over the next transport that both sides have,
+into the same blocks, which nothing writes any more. One that is silent is not: its blocks are in
+quarantine, and the router sends the choice elsewhere.
 """
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from protocol.blocks import unpack_ids
 from protocol.errors import LocalError
-from protocol.handoff import KvHandle, Offer
+from protocol.handoff import KvHandle
 from protocol.out import FailureCode
 from worker.engine.base import DecodingInfo
 from worker.engine.batching import blocks_for
 from worker.engine.messages import OperationEnded
+from worker.engine.pairs import Pairs, Way
 from worker.engine.sequences import ActiveSequence
 from worker.handoff.ends import TransferEnd
 from worker.handoff.sink import (
@@ -76,10 +81,18 @@ class _Pulling:
     started_at: float
     sequence: ActiveSequence | None
     """None once nobody waits for it."""
+    reason: str = ""
+    """Why this transport."""
+    failures: tuple[str, ...] = ()
+    """What the transports tried before said, `name: reason`."""
+    tried: frozenset[str] = frozenset()
+    """Those transports, and this one."""
     ticket: PullTicket | None = None
     num_bytes: int = 0
     quarantined: bool = False
     reported_at: float = 0.0
+    lost: PullLost | None = None
+    """What the router is to be told, unless another transport is tried."""
 
 
 @dataclass(slots=True)
@@ -105,18 +118,22 @@ class Puller:
         *,
         block_bytes: int,
         post: Callable[[OperationEnded], None],
+        why: Mapping[str, str] | None = None,
     ) -> None:
+        """`why` says of each transport why it runs."""
         self._pool = pool
         self._sink = sink
         self._transfers = list(transfers)
         self._scratch = scratch
         self._block_bytes = block_bytes
         self._post = post
+        self._why = why or {}
         self._pulls: dict[int, _Pulling] = {}
         self._ids: dict[ActiveSequence, int] = {}
         self._next_id = 1
         self._looked_at = 0.0
         self.counts = PullCounts()
+        self.pairs = Pairs()
 
     @property
     def num_pulling(self) -> int:
@@ -137,16 +154,31 @@ class Puller:
         missing = _missing_blocks(sequence, handle)
         if not missing:
             return self._begin_cached(sequence, handle)
-        chosen = self._choose(handle.ranks[0].offers)
+        return self._attempt(sequence, handle, missing, now)
+
+    def _attempt(
+        self,
+        sequence: ActiveSequence,
+        handle: KvHandle,
+        missing: range,
+        now: float,
+        *,
+        failures: tuple[str, ...] = (),
+        tried: frozenset[str] = frozenset(),
+    ) -> list[PullOutcome]:
+        """Over the best transport that was not tried yet."""
+        chosen = self._choose(handle, tried, now)
         if isinstance(chosen, NoTransfer):
+            if failures:
+                return [PullLost(sequence, "transfer_failed", "; ".join(failures))]
             self.counts.add("none", "transfer_failed")
             return [PullLost(sequence, "transfer_failed", f"no transport fits: {chosen}")]
+        rank = handle.ranks[0]
         try:
-            remote = unpack_ids(handle.ranks[0].blocks)[missing.start : missing.stop]
+            remote = unpack_ids(rank.blocks)[missing.start : missing.stop]
         except ValueError:
             return [PullLost(sequence, "handle_mismatch", "the handle's blocks are damaged")]
         local = sequence.blocks[missing.start : missing.stop]
-        rank = handle.ranks[0]
         spec = PullSpec(
             chosen.offer, remote, array("I", local), self._block_bytes, rank.slot, rank.nonce
         )
@@ -154,9 +186,18 @@ class Puller:
         num_tokens = handle.num_tokens - missing.start * sequence.limits.block_size
         pull = Pull(handle, expected, tuple(local), tuple(remote), num_tokens)
         del sequence.blocks[missing.start : missing.stop]
-        return self._start(
-            _Pulling(pull, chosen.transfer, spec, now, sequence, reported_at=now), now
+        pulling = _Pulling(
+            pull,
+            chosen.transfer,
+            spec,
+            now,
+            sequence,
+            reason=chosen.reason,
+            failures=failures,
+            tried=tried | {chosen.transfer.name},
+            reported_at=now,
         )
+        return self._start(pulling, now)
 
     def ended(self, message: OperationEnded, now: float) -> list[PullOutcome]:
         """An operation is terminal."""
@@ -209,11 +250,19 @@ class Puller:
             ]
         return [PullReady(sequence, DecodingInfo(transport="cache"))]
 
-    def _choose(self, offers: Sequence[Offer]) -> Chosen | NoTransfer:
+    def _choose(self, handle: KvHandle, tried: frozenset[str], now: float) -> Chosen | NoTransfer:
+        """One that failed with this source a moment ago only if no other one fits."""
+        offers = handle.ranks[0].offers
+        failing = self.pairs.failing(handle.worker, handle.incarnation, now)
         try:
-            return choose(self._transfers, offers)
+            chosen = choose(self._transfers, offers, without=tried | failing, why=self._why)
+            if isinstance(chosen, NoTransfer) and not failing <= tried:
+                chosen = choose(self._transfers, offers, without=tried, why=self._why)
         except Exception as error:  # noqa: BLE001  an offer is the peer's word
             return NoTransfer((f"the offers are damaged: {error!r}",))
+        if isinstance(chosen, Chosen):
+            self.pairs.used(handle.worker, Way(chosen.transfer.name, chosen.reason))
+        return chosen
 
     def _start(self, pulling: _Pulling, now: float) -> list[PullOutcome]:
         pull_id, self._next_id = self._next_id, self._next_id + 1
@@ -245,13 +294,13 @@ class Puller:
                 case PostWord(pull_id=pull_id, scratch_slot=slot):
                     self._post_word(pull_id, self._pulls[pull_id], slot)
                 case Quarantine(pull_id=pull_id, blocks=blocks):
-                    self._quarantine(self._pulls[pull_id], blocks)
+                    outcomes += self._quarantine(self._pulls[pull_id], blocks)
                 case FreeBlocks(pull_id=pull_id, blocks=blocks):
-                    self._free(self._pulls.pop(pull_id), blocks)
+                    outcomes += self._free(self._pulls.pop(pull_id), blocks, now)
                 case Ready(pull_id=pull_id):
                     outcomes += self._ready(self._pulls.pop(pull_id), now)
                 case PullFailed(pull_id=pull_id, code=code, message=message):
-                    outcomes += self._lost(self._pulls[pull_id], code, message)
+                    self._failed(self._pulls[pull_id], code, message, now)
         return outcomes
 
     def _post_data(self, pull_id: int, pulling: _Pulling) -> None:
@@ -273,18 +322,34 @@ class Puller:
         except Exception as error:  # noqa: BLE001  as above
             on_end(TransferEnd(ok=False, reason=f"refused: {error}"))
 
-    def _quarantine(self, pulling: _Pulling, blocks: Sequence[int]) -> None:
+    def _quarantine(self, pulling: _Pulling, blocks: Sequence[int]) -> list[PullOutcome]:
         """Nobody wants the bytes any more: the transport may stop sooner than its source does."""
         pulling.quarantined = True
         self._pool.quarantine(blocks)
         if pulling.ticket is not None:
             pulling.ticket.abort()
+        return [pulling.lost] if pulling.lost is not None else []
 
-    def _free(self, pulling: _Pulling, blocks: Sequence[int]) -> None:
+    def _free(self, pulling: _Pulling, blocks: Sequence[int], now: float) -> list[PullOutcome]:
         if pulling.quarantined:
             self._pool.unquarantine(blocks)
-        else:
+            return []
+        lost = pulling.lost
+        if lost is None:
             self._pool.release(blocks)
+            return []
+        sequence, first = lost.sequence, lost.sequence.num_stored
+        sequence.blocks[first:first] = blocks
+        if pulling.ticket is None or lost.code != "transfer_failed":
+            return [lost]
+        return self._attempt(
+            sequence,
+            pulling.pull.handle,
+            range(first, first + len(blocks)),
+            now,
+            failures=(*pulling.failures, f"{pulling.transfer.name}: {lost.message}"),
+            tried=pulling.tried,
+        )
 
     def _ready(self, pulling: _Pulling, now: float) -> list[PullOutcome]:
         transport, num_bytes = pulling.transfer.name, len(pulling.spec.local) * self._block_bytes
@@ -298,16 +363,22 @@ class Puller:
         first = sequence.num_stored
         sequence.blocks[first:first] = pulling.pull.local_blocks
         seconds = now - pulling.started_at
-        info = DecodingInfo(0, transport, num_bytes, seconds)
+        source = pulling.pull.handle.worker
+        info = DecodingInfo(
+            0, transport, num_bytes, seconds, source=source, transport_reason=pulling.reason
+        )
         return [PullReady(sequence, info)]
 
-    def _lost(self, pulling: _Pulling, code: FailureCode, message: str) -> list[PullOutcome]:
-        self.counts.add(pulling.transfer.name, code)
+    def _failed(self, pulling: _Pulling, code: FailureCode, message: str, now: float) -> None:
+        """What becomes of it is decided with what becomes of its blocks, which comes next."""
+        name, handle = pulling.transfer.name, pulling.pull.handle
+        self.counts.add(name, code)
+        if code == "transfer_failed" and pulling.ticket is not None:
+            self.pairs.failed(handle.worker, handle.incarnation, name, now)
         sequence, pulling.sequence = pulling.sequence, None
-        if sequence is None:
-            return []
-        del self._ids[sequence]
-        return [PullLost(sequence, code, message)]
+        if sequence is not None:
+            del self._ids[sequence]
+            pulling.lost = PullLost(sequence, code, message)
 
 
 def _missing_blocks(sequence: ActiveSequence, handle: KvHandle) -> range:

@@ -18,6 +18,10 @@ from worker.kv.arena import Arena, LeaseTable, ScratchWords
 OnEnd = Callable[[TransferEnd], None]
 
 
+class PassedOver(Exception):
+    """A transport that nobody asked for by name could not start; the others go on without it."""
+
+
 @dataclass(frozen=True, slots=True)
 class PullSpec:
     """Copy `remote[i]` of the source's arena into `local[i]` of ours, for every i."""
@@ -51,7 +55,7 @@ class Transfer(Protocol):
 
     def start(self, arena: Arena, leases: LeaseTable, scratch: ScratchWords) -> None:
         """Register the memory, listen. Blocking; called before the loop has work. Raises
-        ConfigError (for example: the port is in use)."""
+        ConfigError (for example: the port is in use), or PassedOver."""
 
     def offer(self) -> Offer:
         """What goes into the handles we give out."""

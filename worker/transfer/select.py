@@ -1,28 +1,53 @@
 """Which transports a worker runs, and which of a handle's offers a pull uses; each with a reason.
 
+`auto` runs all that work here and offers them all; who pulls picks, knowing both hosts:
+nixl where it has RDMA or KV is on a GPU; else shm on one host; else nixl where CMA works, tried and
+not assumed; else tcp. Shm comes before CMA because it was measured to cost a half to a quarter of
+it (ADR 8). `ucx` is never chosen by itself: it is slower than tcp wherever tcp was measured.
+
 Knows the transports' names and constructors, nothing of how they move bytes.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, Literal, NamedTuple
 
 from protocol.errors import ConfigError
 from protocol.handoff import Offer
+from worker.transfer import probe
 from worker.transfer.base import Transfer
-from worker.transfer.shm import ShmTransfer, shm_unavailable
+from worker.transfer.fabric_pairs import FabricPairs
+from worker.transfer.shm import ShmTransfer, host_id, shm_unavailable
 from worker.transfer.tcp import TcpTransfer
 
 Requested = Literal["auto", "nixl", "ucx", "shm", "tcp"]
+NixlBackend = Literal["UCX", "LIBFABRIC"]
 
-_AUTO_ORDER: Final = ("shm", "tcp")
-"""Fastest first; what needs another host comes last because it works everywhere."""
+FABRIC_FIRST: Final = ("nixl", "shm", "tcp", "ucx")
+"""Best first, where NIXL has RDMA or is the one that reaches a GPU's memory."""
+SHM_FIRST: Final = ("shm", "nixl", "tcp", "ucx")
+"""Where it has CMA at best."""
 
 
-class Preference(NamedTuple):
-    """A transport to run, and why, for the log."""
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What was found here."""
+
+    unavailable: Mapping[str, str]
+    """For each transport why it cannot run at all; empty if it can."""
+    rdma: str = ""
+    """An active RDMA port."""
+    lacks_cma: str = ""
+    """Why CMA does not work; empty if it does."""
+    on_gpu: bool = False
+    """Our KV is in a GPU's memory."""
+
+
+class Verdict(NamedTuple):
+    """Whether a transport runs, and why, for the log and `/metrics`."""
 
     name: str
+    runs: bool
     reason: str
 
 
@@ -44,67 +69,155 @@ class NoTransfer:
         return "; ".join(self.reasons) or "the handle offers no transport"
 
 
-def preferences(requested: Requested, available: Mapping[str, str]) -> list[Preference]:
-    """The transports to run, best first. `available` says for each known transport why it cannot
-    run here, empty if it can. Raises ConfigError if nothing is left."""
+@dataclass(frozen=True, slots=True)
+class TransferOptions:
+    """What the operator decides, and this process's name in its fleet."""
+
+    requested: Requested = "auto"
+    agent_name: str = "baton"
+    """Unique for each process start."""
+    host: str = "127.0.0.1"
+    port: int = 0
+    """Of tcp, or of ucx; 0: any free one."""
+    nixl_backend: NixlBackend = "UCX"
+    nixl_plugin_dir: str = ""
+    on_gpu: bool = False
+    throttle_bytes_per_s: float | None = None
+    """Bounds the pace of one pull."""
+
+
+@dataclass(frozen=True, slots=True)
+class TransferSet:
+    """What a worker runs, best first, not started."""
+
+    transfers: list[Transfer]
+    verdicts: list[Verdict] = field(default_factory=list)
+    """Of every known transport."""
+
+
+def judge(requested: Requested, machine: Machine) -> list[Verdict]:
+    """Of every known transport, best first. Raises ConfigError if none is to run."""
     if requested != "auto":
-        if requested not in available:
-            raise ConfigError(f"transfer: {requested} is not in this version")
-        if available[requested]:
-            raise ConfigError(f"transfer: {requested} does not work here: {available[requested]}")
-        return [Preference(requested, "asked for")]
-    chosen = []
-    passed = []
-    for name in _AUTO_ORDER:
-        missing = available.get(name, "not in this version")
-        if missing:
-            passed.append(f"{name}: {missing}")
-        else:
-            chosen.append(Preference(name, "; ".join(["auto", *passed])))
-    if not chosen:
-        raise ConfigError("transfer: nothing works here: " + "; ".join(passed))
-    return chosen
+        return _asked_for(requested, machine)
+    order = FABRIC_FIRST if machine.on_gpu or machine.rdma else SHM_FIRST
+    verdicts = [_auto(name, machine) for name in order]
+    if not any(verdict.runs for verdict in verdicts):
+        passed = "; ".join(f"{verdict.name}: {verdict.reason}" for verdict in verdicts)
+        raise ConfigError(f"transfer: nothing works here: {passed}")
+    return verdicts
 
 
-def available_here() -> dict[str, str]:
-    """The built-in transports, and why one cannot run on this machine."""
-    return {"shm": shm_unavailable(), "tcp": ""}
+def _asked_for(requested: str, machine: Machine) -> list[Verdict]:
+    missing = _missing(requested, machine)
+    if missing:
+        raise ConfigError(f"transfer: {requested} does not work here: {missing}")
+    others = [Verdict(name, False, "not asked for") for name in FABRIC_FIRST if name != requested]
+    return [Verdict(requested, True, "asked for"), *others]
 
 
-def build_transfers(
-    requested: Requested,
+def _missing(name: str, machine: Machine) -> str:
+    if machine.on_gpu and name in ("shm", "tcp"):
+        return "it cannot read KV in a GPU's memory"
+    return machine.unavailable.get(name, "not in this version")
+
+
+def _auto(name: str, machine: Machine) -> Verdict:
+    missing = _missing(name, machine)
+    if missing:
+        return Verdict(name, False, missing)
+    if name == "ucx":
+        return Verdict(name, False, "only when asked for")
+    if name != "nixl":
+        return Verdict(name, True, "auto")
+    if machine.on_gpu:
+        return Verdict(name, True, "auto: KV is in a GPU's memory")
+    if machine.rdma:
+        return Verdict(name, True, f"auto: RDMA ({machine.rdma})")
+    if not machine.lacks_cma:
+        return Verdict(name, True, "auto: CMA works")
+    return Verdict(name, False, f"no RDMA, no GPU, no CMA: {machine.lacks_cma}")
+
+
+def look_around(options: TransferOptions, environ: Mapping[str, str]) -> Machine:
+    """Try what this machine can do. Takes some 50 ms where nixl is installed; makes no agent."""
+    from worker.transfer.nixl import nixl_unavailable
+    from worker.transfer.ucx import ucx_unavailable
+
+    unavailable = {
+        "nixl": nixl_unavailable(),
+        "ucx": ucx_unavailable(),
+        "shm": shm_unavailable(),
+        "tcp": "",
+    }
+    rdma, lacks_cma = "", "not tried"
+    if not unavailable["nixl"] and options.requested in ("auto", "nixl"):
+        rdma = probe.rdma_port() if probe.allows_rdma(environ) else ""
+        is_ucx = options.nixl_backend == "UCX"
+        lacks_cma = probe.cma_unavailable(environ) if is_ucx else "LIBFABRIC does not use it"
+    return Machine(unavailable, rdma, lacks_cma, options.on_gpu)
+
+
+def build_transfers(options: TransferOptions, environ: Mapping[str, str]) -> TransferSet:
+    """What runs here. Raises ConfigError."""
+    machine = look_around(options, environ)
+    verdicts = judge(options.requested, machine)
+    built = [_build(verdict.name, options, machine) for verdict in verdicts if verdict.runs]
+    return TransferSet(built, verdicts)
+
+
+def _build(name: str, options: TransferOptions, machine: Machine) -> Transfer:
+    throttle = options.throttle_bytes_per_s
+    if name == "shm":
+        return ShmTransfer(throttle_bytes_per_s=throttle)
+    if name == "tcp":
+        return TcpTransfer(host=options.host, port=options.port, throttle_bytes_per_s=throttle)
+    if name == "ucx":
+        from worker.transfer.ucx import UcxTransfer
+
+        return UcxTransfer(host=options.host, port=options.port, throttle_bytes_per_s=throttle)
+    return _build_nixl(options, machine)
+
+
+def _build_nixl(options: TransferOptions, machine: Machine) -> Transfer:
+    from worker.transfer.nixl import NixlTransfer
+
+    nixl = NixlTransfer(
+        agent_name=options.agent_name,
+        backend=options.nixl_backend,
+        host=options.host,
+        plugin_dir=options.nixl_plugin_dir,
+        throttle_bytes_per_s=options.throttle_bytes_per_s,
+    )
+    return FabricPairs(
+        nixl,
+        picky=options.requested == "auto",
+        has_rdma=bool(machine.rdma),
+        lacks_cma=machine.lacks_cma,
+        host_id=host_id(),
+        read=probe.read_foreign,
+    )
+
+
+def choose(
+    transfers: Sequence[Transfer],
+    offers: Sequence[Offer],
     *,
-    host: str = "127.0.0.1",
-    tcp_port: int = 0,
-    advertise_host: str = "",
-    throttle_bytes_per_s: float | None = None,
-) -> list[Transfer]:
-    """Best first, not started. Raises ConfigError. The throttle bounds the pace of one pull."""
-    throttle = throttle_bytes_per_s
-    transfers: list[Transfer] = []
-    for name, _ in preferences(requested, available_here()):
-        if name == "shm":
-            transfers.append(ShmTransfer(throttle_bytes_per_s=throttle))
-        else:
-            tcp = TcpTransfer(
-                host=host,
-                port=tcp_port,
-                advertise_host=advertise_host,
-                throttle_bytes_per_s=throttle,
-            )
-            transfers.append(tcp)
-    return transfers
-
-
-def choose(transfers: Sequence[Transfer], offers: Sequence[Offer]) -> Chosen | NoTransfer:
-    """The first of our transports, in our order, that takes one of the offers."""
+    without: frozenset[str] = frozenset(),
+    why: Mapping[str, str] | None = None,
+) -> Chosen | NoTransfer:
+    """The first of our transports, in our order, that takes one of the offers and is not one of
+    `without` (they have failed). `why` says of each why it runs."""
     refusals: list[str] = []
     for transfer in transfers:
+        if transfer.name in without:
+            refusals.append(f"{transfer.name}: failed before")
+            continue
         reasons = []
         for offer in offers:
             reason = transfer.refuse(offer)
             if not reason:
-                return Chosen(transfer, offer, "; ".join(refusals) or "preferred")
+                ran = (why or {}).get(transfer.name, "preferred")
+                return Chosen(transfer, offer, "; ".join(refusals) or ran)
             reasons.append(f"{transfer.name}: {reason}")
         # That an offer is of another kind says nothing beside a refusal of one of its own.
         own = [r for r in reasons if "not an offer of" not in r]

@@ -5,7 +5,6 @@ that serve both. An offer always carries an IP address and the port that was rea
 """
 
 import errno
-import ipaddress
 import itertools
 import socket
 from typing import Final
@@ -13,11 +12,13 @@ from typing import Final
 from protocol.errors import ConfigError, LocalError
 from protocol.handoff import Offer, TcpOffer
 from worker.kv.arena import Arena, LeaseTable, ScratchWords
+from worker.transfer.addresses import reachable, wrong_place
 from worker.transfer.base import OnEnd, PullSpec
 from worker.transfer.operations import LiveCount, Operation
 from worker.transfer.reactor import Reactor
-from worker.transfer.tcp_server import ServerLimits, TcpListener, TcpStats
-from worker.transfer.tcp_sink import SinkPool
+from worker.transfer.sink_pool import SinkPool
+from worker.transfer.tcp_server import ServerLimits, ServerStats, TcpListener
+from worker.transfer.tcp_sink import SinkConnection, connect
 
 _BACKLOG: Final = 256
 _STOP_S: Final = 2.0
@@ -52,7 +53,7 @@ class TcpTransfer:
         self._max_per_peer = max_per_peer
         self._live = LiveCount()
         self._reactors: list[Reactor] = []
-        self._turns: itertools.cycle[SinkPool] = itertools.cycle(())
+        self._turns: itertools.cycle[SinkPool[SinkConnection]] = itertools.cycle(())
         self._listener: TcpListener | None = None
         self._offer: TcpOffer | None = None
         self._stopped = False
@@ -62,14 +63,14 @@ class TcpTransfer:
         return "tcp"
 
     @property
-    def stats(self) -> TcpStats:
+    def stats(self) -> ServerStats:
         """Of the listening side."""
-        return self._listener.stats if self._listener is not None else TcpStats()
+        return self._listener.stats if self._listener is not None else ServerStats()
 
     def start(self, arena: Arena, leases: LeaseTable, scratch: ScratchWords) -> None:
         sock = _listen(self._host, self._port)
         try:
-            host = _reachable(self._advertise_host or self._host)
+            host = reachable(self._advertise_host or self._host)
         except ConfigError:
             sock.close()
             raise
@@ -88,15 +89,7 @@ class TcpTransfer:
         return self._offer
 
     def refuse(self, offer: Offer) -> str:
-        if not isinstance(offer, TcpOffer):
-            return "not an offer of tcp"
-        try:
-            address = ipaddress.ip_address(offer.host)
-        except ValueError:
-            return f"{offer.host!r} is no IP address"
-        if address.is_unspecified or not 0 < offer.port < 1 << 16:
-            return f"{offer.host}:{offer.port} is no place to connect to"
-        return ""
+        return _wrong_offer(offer)
 
     def pull(self, spec: PullSpec, on_end: OnEnd) -> Operation:
         return self._submit(spec, on_end, None)
@@ -119,24 +112,34 @@ class TcpTransfer:
         pool = next(self._turns)
 
         def abort(operation: Operation) -> None:
-            pool.reactor.call(lambda: pool.abort(operation))
+            pool.loop.call(lambda: pool.abort(operation))
 
         operation = Operation(spec, on_end, self._live, scratch_slot=scratch_slot, on_abort=abort)
-        if not pool.reactor.call(lambda: pool.submit(operation)):
+        if not pool.loop.call(lambda: pool.submit(operation)):
             operation.end(False, "stopped: the worker leaves")
         return operation
 
-    def _pool(self, reactor: Reactor, arena: Arena, scratch: ScratchWords) -> SinkPool:
-        pool = SinkPool(
+    def _pool(
+        self, reactor: Reactor, arena: Arena, scratch: ScratchWords
+    ) -> SinkPool[SinkConnection]:
+        timeout_s = self._connect_timeout_s
+        pool = SinkPool[SinkConnection](
             reactor,
             arena,
             scratch,
-            connect_timeout_s=self._connect_timeout_s,
+            connect=lambda offer, pool: connect(offer, pool, reactor, timeout_s),
+            wrong_offer=_wrong_offer,
             max_per_peer=max(1, self._max_per_peer // self._num_threads),
             max_active=256,
         )
         reactor.at_end(pool.stop)
         return pool
+
+
+def _wrong_offer(offer: Offer) -> str:
+    if not isinstance(offer, TcpOffer):
+        return "not an offer of tcp"
+    return wrong_place(offer.host, offer.port)
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -158,26 +161,3 @@ def _listen(host: str, port: int) -> socket.socket:
         raise ConfigError(f"cannot serve KV on {host}:{port}: {reason}{hint}") from error
     sock.setblocking(False)
     return sock
-
-
-def _reachable(host: str) -> str:
-    """The IP address that others connect to. Raises ConfigError if the name has none."""
-    try:
-        address = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0]
-    except OSError as error:
-        raise ConfigError(f"no address for transfer host {host!r}: {error.strerror}") from error
-    if not ipaddress.ip_address(address).is_unspecified:
-        return str(address)
-    return _own_address(is_v6=":" in str(address))
-
-
-def _own_address(*, is_v6: bool) -> str:
-    """Where packets to the outside leave from (nothing is sent); the loopback without a network."""
-    family = socket.AF_INET6 if is_v6 else socket.AF_INET
-    outside = "2001:db8::1" if is_v6 else "192.0.2.1"
-    with socket.socket(family, socket.SOCK_DGRAM) as sock:
-        try:
-            sock.connect((outside, 9))
-        except OSError:
-            return "::1" if is_v6 else "127.0.0.1"
-        return str(sock.getsockname()[0])

@@ -43,7 +43,7 @@ _SKIP_BYTES: Final = 1 << 16
 
 
 @dataclass(slots=True)
-class TcpStats:
+class ServerStats:
     """What happened at the listening side since the start."""
 
     connections: int = 0
@@ -83,7 +83,7 @@ class TcpListener:
     ) -> None:
         self.sock = sock
         self.deadline: float | None = None
-        self.stats = TcpStats()
+        self.stats = ServerStats()
         self.limits = limits
         self.arena = arena
         self.leases = leases

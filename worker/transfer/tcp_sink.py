@@ -9,14 +9,14 @@ import errno
 import socket
 import time
 from array import array
-from collections import OrderedDict, deque
+from collections import deque
 from typing import Final
 
-from protocol.handoff import TcpOffer
-from worker.kv.arena import Arena, ScratchWords
+from protocol.handoff import Offer, TcpOffer
 from worker.transfer.base import PullSpec
-from worker.transfer.operations import Operation, out_of_range, runs, wrong_local
+from worker.transfer.operations import Operation, runs
 from worker.transfer.reactor import READ, WRITE, Broken, Reactor
+from worker.transfer.sink_pool import SinkPool
 from worker.transfer.tcp_wire import (
     MAX_PARTS,
     REPLY_BYTES,
@@ -35,7 +35,6 @@ _TURNS: Final = 4
 """System calls in a row for one connection."""
 _IDLE_S: Final = 30.0
 """Shorter than the source's own patience, so that a pooled connection is rarely a dead one."""
-_MAX_IDLE: Final = 64
 _MAX_RETRIES: Final = 3
 _STARTS: Final = (0, errno.EINPROGRESS, errno.EWOULDBLOCK)
 _UNREACHABLE: Final = frozenset(
@@ -43,134 +42,22 @@ _UNREACHABLE: Final = frozenset(
 )
 
 
-class SinkPool:
-    """One reactor's pulls and connections. All methods run in the reactor's thread."""
-
-    def __init__(
-        self,
-        reactor: Reactor,
-        arena: Arena,
-        scratch: ScratchWords,
-        *,
-        connect_timeout_s: float,
-        max_per_peer: int,
-        max_active: int,
-    ) -> None:
-        self.reactor = reactor
-        self.arena = arena
-        self.scratch = scratch
-        self.connect_timeout_s = connect_timeout_s
-        self._max_per_peer = max_per_peer
-        self._max_active = max_active
-        # Bounded by the callers: an operation has blocks of the arena or a scratch word.
-        self._waiting: OrderedDict[Operation, None] = OrderedDict()
-        self._active: dict[Operation, SinkConnection] = {}
-        self._active_of: dict[TcpOffer, int] = {}
-        self._idle: OrderedDict[SinkConnection, None] = OrderedDict()
-
-    def submit(self, operation: Operation) -> None:
-        if operation.aborted:
-            operation.end(False, "aborted: given up by the caller")
-            return
-        wrong = self._wrong(operation)
-        if wrong:
-            operation.end(False, wrong)
-            return
-        self._waiting[operation] = None
-        self._start_waiting()
-
-    def abort(self, operation: Operation) -> None:
-        if operation in self._waiting:
-            del self._waiting[operation]
-            operation.end(False, "aborted: given up by the caller")
-        elif operation in self._active:
-            self.reactor.close(self._active[operation], "aborted: given up by the caller")
-
-    def stop(self) -> None:
-        """What waits ends here; what ran has ended when the reactor closed its socket."""
-        while self._waiting:
-            operation, _ = self._waiting.popitem(last=False)
-            operation.end(False, "stopped: the worker leaves")
-
-    def retry(self, operation: Operation, offer: TcpOffer) -> None:
-        """The connection was closed before it answered: once more, on a new one."""
-        operation.retries += 1
-        self._leave(operation, offer)
-        self._start(operation, offer, fresh=True)
-        self._start_waiting()
-
-    def finished(self, operation: Operation, connection: "SinkConnection") -> None:
-        """Keep the connection for the next."""
-        self._leave(operation, connection.offer)
-        self._idle[connection] = None
-        while len(self._idle) > _MAX_IDLE:
-            oldest, _ = self._idle.popitem(last=False)
-            self.reactor.close(oldest, "evicted: room for others")
-        self._start_waiting()
-
-    def lost(self, operation: Operation | None, connection: "SinkConnection") -> None:
-        """The connection is closed; the operation has been told."""
-        self._idle.pop(connection, None)
-        if operation is not None:
-            self._leave(operation, connection.offer)
-            self._start_waiting()
-
-    def _wrong(self, operation: Operation) -> str:
-        if not isinstance(operation.spec.offer, TcpOffer):
-            return "bad_request: not an offer of tcp"
-        if not encodes(operation.spec):
-            return "bad_request: numbers that no source has"
-        if operation.scratch_slot is not None:
-            return ""
-        return wrong_local(operation.spec, self.arena.num_blocks, self.arena.block_bytes)
-
-    def _start_waiting(self) -> None:
-        """In order, but nobody waits behind operations of a peer that is full (or frozen)."""
-        if self.reactor.is_stopping:
-            return
-        for operation in list(self._waiting):
-            if len(self._active) >= self._max_active:
-                return
-            offer = operation.spec.offer
-            assert isinstance(offer, TcpOffer)
-            if self._active_of.get(offer, 0) < self._max_per_peer:
-                del self._waiting[operation]
-                self._start(operation, offer)
-
-    def _start(self, operation: Operation, offer: TcpOffer, *, fresh: bool = False) -> None:
-        pooled = (
-            None if fresh else next((c for c in reversed(self._idle) if c.offer == offer), None)
-        )
-        if pooled is not None:
-            del self._idle[pooled]
-        try:
-            connection = pooled or connect(offer, self)
-        except OSError as error:
-            reason = f"connect: {error.strerror or error}"
-            operation.end(False, reason, peer_gone=error.errno in _UNREACHABLE)
-            return
-        self._active[operation] = connection
-        self._active_of[offer] = self._active_of.get(offer, 0) + 1
-        connection.begin(operation)
-
-    def _leave(self, operation: Operation, offer: TcpOffer) -> None:
-        if self._active.pop(operation, None) is None:
-            return
-        left = self._active_of[offer] - 1
-        if left:
-            self._active_of[offer] = left
-        else:
-            del self._active_of[offer]
-
-
 class SinkConnection:
     """One connection to one source: connect, then one operation after the other."""
 
-    def __init__(self, sock: socket.socket, offer: TcpOffer, pool: SinkPool) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        offer: Offer,
+        pool: "SinkPool[SinkConnection]",
+        reactor: Reactor,
+        connect_timeout_s: float,
+    ) -> None:
         self.sock = sock
         self.offer = offer
-        self.deadline: float | None = time.monotonic() + pool.connect_timeout_s
+        self.deadline: float | None = time.monotonic() + connect_timeout_s
         self._pool = pool
+        self._reactor = reactor
         self._connected = False
         self._operation: Operation | None = None
         self._requests: deque[memoryview] = deque()
@@ -192,7 +79,7 @@ class SinkConnection:
         self._requests.extend(_request_parts(operation))
         if self._connected:
             self.deadline = None
-            self._pool.reactor.try_now(self)
+            self._reactor.try_now(self)
 
     def ready(self) -> None:
         if not self._connected:
@@ -204,7 +91,7 @@ class SinkConnection:
             self._receive(self._operation)
             return
         send_some(self.sock, self._requests)
-        self._pool.reactor.watch(self, WRITE if self._requests else READ)
+        self._reactor.watch(self, WRITE if self._requests else READ)
 
     def closed(self, reason: str, *, peer_gone: bool) -> None:
         self._parts.clear()
@@ -212,7 +99,7 @@ class SinkConnection:
         operation, self._operation = self._operation, None
         if operation is None:
             self._pool.lost(None, self)
-        elif peer_gone and not self._pool.reactor.is_stopping and self._may_retry(operation):
+        elif peer_gone and not self._reactor.is_stopping and self._may_retry(operation):
             self._pool.retry(operation, self.offer)
         else:
             operation.end(False, reason, peer_gone=peer_gone)
@@ -296,9 +183,27 @@ class SinkConnection:
         self._pool.finished(operation, self)
 
 
-def connect(offer: TcpOffer, pool: SinkPool) -> SinkConnection:
-    """Start connecting, in the pool's reactor. Raises OSError where that fails at once."""
-    family, address = numeric_address(offer)
+def connect(
+    offer: Offer,
+    pool: "SinkPool[SinkConnection]",
+    reactor: Reactor,
+    connect_timeout_s: float,
+) -> SinkConnection:
+    """Start connecting, in the reactor's thread. Raises Broken where that fails at once."""
+    assert isinstance(offer, TcpOffer)
+    try:
+        sock = _connecting(offer)
+    except OSError as error:
+        gone = error.errno in _UNREACHABLE
+        raise Broken(f"connect: {error.strerror or error}", peer_gone=gone) from error
+    connection = SinkConnection(sock, offer, pool, reactor, connect_timeout_s)
+    reactor.add(connection, WRITE)
+    return connection
+
+
+def _connecting(offer: TcpOffer) -> socket.socket:
+    """Raises OSError."""
+    family, address = _numeric_address(offer)
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
         prepare(sock)
@@ -308,12 +213,10 @@ def connect(offer: TcpOffer, pool: SinkPool) -> SinkConnection:
     except BaseException:
         sock.close()
         raise
-    connection = SinkConnection(sock, offer, pool)
-    pool.reactor.add(connection, WRITE)
-    return connection
+    return sock
 
 
-def numeric_address(offer: TcpOffer) -> tuple[socket.AddressFamily, tuple[str, int]]:
+def _numeric_address(offer: TcpOffer) -> tuple[socket.AddressFamily, tuple[str, int]]:
     """Raises OSError unless the host is an IP address: names are resolved by the source, since
     asking a name server here could stall every transfer."""
     found = socket.getaddrinfo(
@@ -321,12 +224,6 @@ def numeric_address(offer: TcpOffer) -> tuple[socket.AddressFamily, tuple[str, i
     )
     family, _, _, _, address = found[0]
     return family, (str(address[0]), int(address[1]))
-
-
-def encodes(spec: PullSpec) -> bool:
-    """Whether a request can carry it: 32-bit slot and blocks, 64-bit nonce."""
-    blocks_fit = not out_of_range(spec.remote, 1 << 32)
-    return blocks_fit and 0 <= spec.slot < 1 << 32 and 0 <= spec.nonce < 1 << 64
 
 
 def _request_parts(operation: Operation) -> list[memoryview]:

@@ -9,52 +9,93 @@ from protocol.handoff import FabricOffer, Offer, ShmOffer, TcpOffer
 from worker.transfer.operations import runs
 from worker.transfer.select import (
     Chosen,
+    Machine,
     NoTransfer,
-    Preference,
     Requested,
+    TransferOptions,
+    Verdict,
     build_transfers,
     choose,
-    preferences,
+    judge,
 )
-from worker.transfer.shm import host_id
+from worker.transfer.shm import ShmTransfer, host_id
+from worker.transfer.tcp import TcpTransfer
 
-EVERYTHING = {"shm": "", "tcp": ""}
-
-
-def test_auto_prefers_shm_and_keeps_tcp_for_other_hosts() -> None:
-    chosen = preferences("auto", EVERYTHING)
-    assert chosen == [Preference("shm", "auto"), Preference("tcp", "auto")]
+EVERYTHING = {"nixl": "", "ucx": "", "shm": "", "tcp": ""}
 
 
-def test_auto_says_what_it_passed_over() -> None:
-    chosen = preferences("auto", {"shm": "no memfd", "tcp": ""})
-    assert chosen == [Preference("tcp", "auto; shm: no memfd")]
+def running(machine: Machine) -> list[str]:
+    return [verdict.name for verdict in judge("auto", machine) if verdict.runs]
 
 
-def test_auto_with_nothing_left() -> None:
-    with pytest.raises(ConfigError, match=r"shm: no memfd; tcp: not in this version"):
-        preferences("auto", {"shm": "no memfd"})
+@pytest.mark.parametrize(
+    ("machine", "names", "reason"),
+    [
+        (Machine(EVERYTHING), ["shm", "nixl", "tcp"], "auto: CMA works"),
+        (Machine(EVERYTHING, rdma="mlx5_0/1"), ["nixl", "shm", "tcp"], "auto: RDMA (mlx5_0/1)"),
+        (
+            Machine(EVERYTHING, rdma="mlx5_0/1", lacks_cma="denied"),
+            ["nixl", "shm", "tcp"],
+            "auto: RDMA (mlx5_0/1)",
+        ),
+        (
+            Machine(EVERYTHING, lacks_cma="denied"),
+            ["shm", "tcp"],
+            "no RDMA, no GPU, no CMA: denied",
+        ),
+        (
+            Machine(EVERYTHING, lacks_cma="denied", on_gpu=True),
+            ["nixl"],
+            "auto: KV is in a GPU's memory",
+        ),
+        (Machine({**EVERYTHING, "shm": "no memfd"}), ["nixl", "tcp"], "auto: CMA works"),
+        (Machine({**EVERYTHING, "nixl": "not installed"}), ["shm", "tcp"], "not installed"),
+    ],
+)
+def test_auto_runs_all_that_work_best_first(
+    machine: Machine, names: list[str], reason: str
+) -> None:
+    assert running(machine) == names
+    assert {v.name: v.reason for v in judge("auto", machine)}["nixl"] == reason
 
 
-@pytest.mark.parametrize("name", ["shm", "tcp"])
+def test_auto_never_takes_ucx() -> None:
+    only = Machine({"nixl": "no", "ucx": "", "shm": "no", "tcp": "no"})
+    with pytest.raises(ConfigError, match="ucx: only when asked for"):
+        judge("auto", only)
+
+
+def test_auto_with_nothing_left_says_why_of_each() -> None:
+    with pytest.raises(ConfigError, match=r"shm: no memfd; nixl: not in this version; tcp: not in"):
+        judge("auto", Machine({"shm": "no memfd"}, lacks_cma="denied"))
+
+
+@pytest.mark.parametrize("name", ["nixl", "ucx", "shm", "tcp"])
 def test_an_explicit_choice_runs_alone(name: Requested) -> None:
-    assert [p.name for p in preferences(name, EVERYTHING)] == [name]
-    assert [t.name for t in build_transfers(name)] == [name]
+    first, *others = judge(name, Machine(EVERYTHING))
+    assert first == Verdict(name, True, "asked for")
+    assert [verdict.runs for verdict in others] == [False] * 3
 
 
 def test_an_explicit_choice_that_cannot_run_is_an_error_and_no_fallback() -> None:
     with pytest.raises(ConfigError, match="shm does not work here: no memfd"):
-        preferences("shm", {"shm": "no memfd", "tcp": ""})
+        judge("shm", Machine({"shm": "no memfd", "tcp": ""}))
+    with pytest.raises(ConfigError, match="tcp does not work here: it cannot read KV in a GPU's"):
+        judge("tcp", Machine(EVERYTHING, on_gpu=True))
 
 
-@pytest.mark.parametrize("name", ["nixl", "ucx"])
-def test_what_is_not_in_this_version_is_named(name: Requested) -> None:
-    with pytest.raises(ConfigError, match=f"{name} is not in this version"):
-        build_transfers(name)
+@pytest.mark.parametrize("name", ["shm", "tcp"])
+def test_what_was_asked_for_is_built(name: Requested) -> None:
+    found = build_transfers(TransferOptions(requested=name), {})
+    assert [transfer.name for transfer in found.transfers] == [name]
 
 
-def test_built_in_order_of_preference() -> None:
-    assert [t.name for t in build_transfers("auto")] == ["shm", "tcp"]
+def test_what_auto_finds_here_is_built_in_its_order() -> None:
+    """No CMA by decree: what else this machine has is the other tests' matter."""
+    found = build_transfers(TransferOptions(), {"UCX_TLS": "tcp"})
+    assert [t.name for t in found.transfers] == [v.name for v in found.verdicts if v.runs]
+    assert {"shm", "tcp"} <= {transfer.name for transfer in found.transfers}
+    assert {verdict.name for verdict in found.verdicts} == {"nixl", "shm", "tcp", "ucx"}
 
 
 ELSEWHERE = ShmOffer("another-boot/1", 1, 3, 4, 4096, 64, "0" * 32)
@@ -62,11 +103,26 @@ TCP = TcpOffer("192.0.2.7", 7001)
 
 
 def test_first_of_our_transports_with_an_offer_it_takes() -> None:
-    transfers = build_transfers("auto")
-    chosen = choose(transfers, [TCP, ELSEWHERE])
+    transfers = [ShmTransfer(), TcpTransfer()]
+    chosen = choose(transfers, [TCP, ELSEWHERE], why={"tcp": "auto"})
     assert isinstance(chosen, Chosen)
     assert (chosen.transfer.name, chosen.offer) == ("tcp", TCP)
     assert chosen.reason == "shm: the source is on another host or in another pid namespace"
+
+
+def test_what_failed_before_is_left_out_and_said() -> None:
+    transfers = [ShmTransfer(), TcpTransfer()]
+    chosen = choose(transfers, [TCP], without=frozenset({"shm"}))
+    assert isinstance(chosen, Chosen)
+    assert chosen.reason == "shm: failed before"
+    found = choose(transfers, [TCP], without=frozenset({"shm", "tcp"}))
+    assert found == NoTransfer(("shm: failed before", "tcp: failed before"))
+
+
+def test_the_preferred_one_is_taken_for_the_reason_it_runs() -> None:
+    chosen = choose([TcpTransfer()], [TCP], why={"tcp": "asked for"})
+    assert isinstance(chosen, Chosen)
+    assert chosen.reason == "asked for"
 
 
 @pytest.mark.parametrize(
@@ -79,7 +135,7 @@ def test_first_of_our_transports_with_an_offer_it_takes() -> None:
     ],
 )
 def test_no_transport_says_why(offers: list[Offer], reasons: tuple[str, ...]) -> None:
-    found = choose(build_transfers("tcp"), offers)
+    found = choose([TcpTransfer()], offers)
     assert found == NoTransfer(reasons)
     assert str(found) != ""
 

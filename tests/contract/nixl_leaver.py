@@ -1,0 +1,34 @@
+"""A sink that leaves with a read in flight, run as a process of its own.
+
+    python tests/contract/nixl_leaver.py OFFER
+
+Reads one block (so that the two are connected) and says so; on a line of stdin, when the source is
+frozen, it begins a pull that cannot end, stops, and says what `stop` and `num_live` gave; on
+another line it leaves as a worker does.
+"""
+
+import os
+import sys
+
+from tests.contract.transfer_peer import decode_offer, say
+from tests.contract.transfer_sink import Sink, until
+from worker.transfer.nixl import NixlTransfer
+
+
+def main() -> None:
+    offer = decode_offer(sys.argv[1])
+    transfer = NixlTransfer(agent_name=f"leaver.{os.getpid()}")
+    sink = Sink(transfer, 1024)
+    say(sink.pull(sink.spec(offer, [0])).ok)
+    sys.stdin.readline()
+    sink.begin(sink.spec(offer, range(1024)))
+    thread = transfer._thread
+    assert thread is not None
+    until(lambda: bool(thread._flights and thread._flights[0].posted))
+    say([sink.transfer.stop(), sink.transfer.num_live()])
+    sys.stdin.readline()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""The sink's pulls over pooled connections, for two-sided transports: who starts when, on which.
+
+Knows that a connection serves one operation at a time and ends it, nothing of what it is made of.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Final, Generic, Protocol, TypeVar
+
+from protocol.handoff import Offer
+from worker.kv.arena import Arena, ScratchWords
+from worker.transfer.base import PullSpec
+from worker.transfer.operations import Operation, out_of_range, wrong_local
+from worker.transfer.reactor import Broken
+
+_MAX_IDLE: Final = 64
+
+
+class Connection(Protocol):
+    """A way to one source."""
+
+    @property
+    def offer(self) -> Offer: ...
+
+    def begin(self, operation: Operation) -> None:
+        """Ask for it. The pool hears `finished`, `retry` or `lost`."""
+
+
+C = TypeVar("C", bound=Connection)
+C_contra = TypeVar("C_contra", contravariant=True)
+
+
+class Loop(Protocol[C_contra]):
+    """The thread that serves the connections."""
+
+    @property
+    def is_stopping(self) -> bool: ...
+
+    def call(self, function: Callable[[], None]) -> bool: ...
+
+    def close(self, channel: C_contra, reason: str, *, peer_gone: bool = False) -> None: ...
+
+
+class SinkPool(Generic[C]):
+    """One thread's pulls and connections. All methods run in the loop's thread.
+
+    `connect` begins a connection and raises Broken where that fails at once; `wrong_offer` says why
+    an offer is not for this transport, empty if it is.
+    """
+
+    def __init__(
+        self,
+        loop: Loop[C],
+        arena: Arena,
+        scratch: ScratchWords,
+        *,
+        connect: "Callable[[Offer, SinkPool[C]], C]",
+        wrong_offer: Callable[[Offer], str],
+        max_per_peer: int,
+        max_active: int,
+    ) -> None:
+        self.loop = loop
+        self.arena = arena
+        self.scratch = scratch
+        self._connect = connect
+        self._wrong_offer = wrong_offer
+        self._max_per_peer = max_per_peer
+        self._max_active = max_active
+        # Bounded by the callers: an operation has blocks of the arena or a scratch word.
+        self._waiting: OrderedDict[Operation, None] = OrderedDict()
+        self._active: dict[Operation, C] = {}
+        self._active_of: dict[Offer, int] = {}
+        self._idle: OrderedDict[C, None] = OrderedDict()
+
+    def submit(self, operation: Operation) -> None:
+        if operation.aborted:
+            operation.end(False, "aborted: given up by the caller")
+            return
+        wrong = self._wrong(operation)
+        if wrong:
+            operation.end(False, wrong)
+            return
+        self._waiting[operation] = None
+        self._start_waiting()
+
+    def abort(self, operation: Operation) -> None:
+        if operation in self._waiting:
+            del self._waiting[operation]
+            operation.end(False, "aborted: given up by the caller")
+        elif operation in self._active:
+            self.loop.close(self._active[operation], "aborted: given up by the caller")
+
+    def stop(self) -> None:
+        """What waits ends here; what ran has ended when the loop closed its connection."""
+        while self._waiting:
+            operation, _ = self._waiting.popitem(last=False)
+            operation.end(False, "stopped: the worker leaves")
+
+    def retry(self, operation: Operation, offer: Offer) -> None:
+        """The connection was closed before it answered: once more, on a new one."""
+        operation.retries += 1
+        self._leave(operation, offer)
+        self._start(operation, fresh=True)
+        self._start_waiting()
+
+    def finished(self, operation: Operation, connection: C) -> None:
+        """Keep the connection for the next."""
+        self._leave(operation, connection.offer)
+        self._idle[connection] = None
+        while len(self._idle) > _MAX_IDLE:
+            oldest, _ = self._idle.popitem(last=False)
+            self.loop.close(oldest, "evicted: room for others")
+        self._start_waiting()
+
+    def lost(self, operation: Operation | None, connection: C) -> None:
+        """The connection is closed; the operation has been told."""
+        self._idle.pop(connection, None)
+        if operation is not None:
+            self._leave(operation, connection.offer)
+            self._start_waiting()
+
+    def _wrong(self, operation: Operation) -> str:
+        wrong = self._wrong_offer(operation.spec.offer)
+        if wrong:
+            return f"bad_request: {wrong}"
+        if not _encodes(operation.spec):
+            return "bad_request: numbers that no source has"
+        if operation.scratch_slot is not None:
+            return ""
+        return wrong_local(operation.spec, self.arena.num_blocks, self.arena.block_bytes)
+
+    def _start_waiting(self) -> None:
+        """In order, but nobody waits behind operations of a peer that is full (or frozen)."""
+        if self.loop.is_stopping:
+            return
+        for operation in list(self._waiting):
+            if len(self._active) >= self._max_active:
+                return
+            if self._active_of.get(operation.spec.offer, 0) < self._max_per_peer:
+                del self._waiting[operation]
+                self._start(operation)
+
+    def _start(self, operation: Operation, *, fresh: bool = False) -> None:
+        offer = operation.spec.offer
+        pooled = (
+            None if fresh else next((c for c in reversed(self._idle) if c.offer == offer), None)
+        )
+        if pooled is not None:
+            del self._idle[pooled]
+        try:
+            connection = pooled or self._connect(offer, self)
+        except Broken as error:
+            operation.end(False, str(error), peer_gone=error.peer_gone)
+            return
+        self._active[operation] = connection
+        self._active_of[offer] = self._active_of.get(offer, 0) + 1
+        connection.begin(operation)
+
+    def _leave(self, operation: Operation, offer: Offer) -> None:
+        if self._active.pop(operation, None) is None:
+            return
+        left = self._active_of[offer] - 1
+        if left:
+            self._active_of[offer] = left
+        else:
+            del self._active_of[offer]
+
+
+def _encodes(spec: PullSpec) -> bool:
+    """Whether a request can carry it: 32-bit slot and blocks, 64-bit nonce."""
+    blocks_fit = not out_of_range(spec.remote, 1 << 32)
+    return blocks_fit and 0 <= spec.slot < 1 << 32 and 0 <= spec.nonce < 1 << 64
