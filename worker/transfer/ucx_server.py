@@ -229,7 +229,7 @@ class UcxServerConnection:
 
     def _is_lent(self, request: Request) -> bool:
         known = request.nonce != 0 and request.slot < self._leases.num_slots
-        return known
+        return known and self._leases.read(request.slot) == request.nonce
 
     def _answer(self, request: Request) -> _Script:
         blocks = array("I")

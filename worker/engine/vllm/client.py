@@ -1,0 +1,131 @@
+"""HTTP to one vLLM server: its model list, its metrics, whole answers and streams.
+
+Every failure leaves here as a `VllmError` that says whose it is. Closing a stream is how vLLM is
+told to stop: it aborts what nobody reads. It knows no jobs.
+"""
+
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any, Final, Literal
+
+import aiohttp
+import msgspec
+
+from worker.engine.vllm.wire import Answer, ErrorObject, EventLines, WireError, decode_answer
+
+CONNECT_S: Final = 5.0
+MAX_ERROR_CHARS: Final = 500
+
+Fault = Literal["request", "context", "server", "gone", "silent"]
+"""The request is bad; it is too long; vLLM failed at it; nobody listens there; no answer came."""
+
+
+class VllmError(Exception):
+    """One line, and whose fault it is."""
+
+    def __init__(self, fault: Fault, message: str) -> None:
+        super().__init__(message)
+        self.fault: Fault = fault
+
+
+class VllmClient:
+    """Belongs to one event loop. `url` is the server's, without `/v1`."""
+
+    def __init__(self, url: str, *, api_key: str = "") -> None:
+        self.url = url.rstrip("/").removesuffix("/v1")
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._session = aiohttp.ClientSession(
+            headers=headers,
+            connector=aiohttp.TCPConnector(limit=0),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S),
+            read_bufsize=1 << 18,
+        )
+
+    async def close(self) -> None:
+        await self._session.close()
+
+    async def get(self, path: str, *, timeout_s: float) -> bytes:
+        """Raises VllmError."""
+        timeout = aiohttp.ClientTimeout(total=timeout_s)
+        with _translated(self.url):
+            async with self._session.get(self.url + path, timeout=timeout) as response:
+                body = await response.read()
+                if response.status != 200:
+                    raise _refusal(response.status, body)
+                return body
+
+    async def complete(self, body: Mapping[str, Any], request_id: str) -> Answer:
+        """A whole answer. Raises VllmError."""
+        async with self._post(body, request_id) as response:
+            with _translated(self.url):
+                return decode_answer(await response.read())
+
+    async def stream(
+        self, body: Mapping[str, Any], request_id: str
+    ) -> AsyncGenerator[Answer, None]:
+        """Chunks, as they come; ends after `[DONE]`. Raises VllmError.
+
+        Close it (`aclosing`) to make vLLM stop."""
+        lines = EventLines()
+        async with self._post(body, request_id) as response:
+            with _translated(self.url):
+                async for data in response.content.iter_any():
+                    for payload in lines.feed(data):
+                        chunk = decode_answer(payload)
+                        if chunk.error is not None:
+                            raise VllmError("server", _said(chunk.error))
+                        yield chunk
+                    if lines.is_done:
+                        return
+        raise VllmError("server", f"{self.url}: the stream ended before its end")
+
+    @asynccontextmanager
+    async def _post(
+        self, body: Mapping[str, Any], request_id: str
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        headers = {"Content-Type": "application/json", "X-Request-Id": request_id}
+        with _translated(self.url):
+            response = await self._session.post(
+                self.url + "/v1/completions", data=msgspec.json.encode(body), headers=headers
+            )
+        try:
+            if response.status != 200:
+                with _translated(self.url):
+                    raise _refusal(response.status, await response.read())
+            yield response
+        finally:
+            response.close()
+
+
+@contextmanager
+def _translated(url: str) -> Iterator[None]:
+    """The library's errors as ours."""
+    try:
+        yield
+    except TimeoutError:
+        raise VllmError("silent", f"{url}: no answer in time") from None
+    except aiohttp.ClientConnectorError as error:
+        raise VllmError("gone", f"{url}: {error.strerror or error}") from None
+    except aiohttp.InvalidURL:
+        raise VllmError("request", f"{url} is no URL") from None
+    except aiohttp.ClientError as error:
+        raise VllmError("server", f"{url}: {type(error).__name__} {error}") from None
+    except WireError as error:
+        raise VllmError("server", str(error)) from None
+
+
+def _refusal(status: int, body: bytes) -> VllmError:
+    """What a status other than 200 means."""
+    try:
+        error = decode_answer(body).error or ErrorObject()
+    except WireError:
+        error = ErrorObject(body[:MAX_ERROR_CHARS].decode(errors="replace"))
+    message = f"vLLM answered {status}: {_said(error)}"
+    if status in (400, 413, 422):
+        fault: Fault = "context" if error.param in ("input_tokens", "max_tokens") else "request"
+        return VllmError(fault, message)
+    return VllmError("server", message)
+
+
+def _said(error: ErrorObject) -> str:
+    return " ".join(error.message.split())[:MAX_ERROR_CHARS] or "no reason given"
