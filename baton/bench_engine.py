@@ -34,7 +34,7 @@ class Cell:
     """One line of the table."""
 
     what: str
-    """`decode`: one step of `batch` sequences; `prefill`: one whole prompt."""
+    """`decode`: one step of `batch` sequences; `prefill`: `batch` whole prompts side by side."""
     batch: int
     length: int
     """Tokens of context or prompt."""
@@ -45,6 +45,7 @@ class Cell:
 CELLS: Final = (
     *(Cell("decode", batch, length, _CHUNK) for batch in (1, 16) for length in (64, 512)),
     Cell("prefill", 1, 64, 64),
+    Cell("prefill", 16, 64, 64),
     Cell("prefill", 1, 512, 512),
     Cell("prefill", 1, 2048, _CHUNK),
     Cell("prefill", 1, 2048, 2048),
@@ -56,7 +57,7 @@ _LONGEST: Final = max(cell.length for cell in CELLS)
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What was measured of a cell: medians, in milliseconds for one step or one prompt."""
+    """What was measured of a cell: medians, in milliseconds for one step or for a batch of prompts."""
 
     model: str
     what: str
@@ -230,7 +231,7 @@ def _print(rows: list[Row], args: argparse.Namespace) -> None:
     if not rows:
         return
     print(
-        f"\n{args.dtype}; ms for one decode step or one prompt, median of {args.rounds} rounds; "
+        f"\n{args.dtype}; ms for one decode step or a batch of prompts, median of {args.rounds} rounds; "
         "ratio: ours to transformers'\n"
         f"{'model':6} {'what':8} {'batch':>5} {'tokens':>6} {'piece':>5} {'ours':>9} {'theirs':>9} "
         f"{'ratio':>6} {'ours CPU':>9} {'theirs':>9} {'ratio':>6}  {'cache':8}tokens"

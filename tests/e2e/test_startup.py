@@ -127,7 +127,6 @@ def test_a_config_file_with_a_mistake(
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ((*SIMULATED, "--transfer=nixl"), "nixl is not in this version"),
         ((*SIMULATED, "--nats=http://127.0.0.1:4222"), "'http://127.0.0.1:4222' is not nats://"),
         ((*SIMULATED, "--nats-ca=/no/such/file"), "/no/such/file"),
         ((*SIMULATED, "--etcd=ftp://127.0.0.1"), "'ftp://127.0.0.1'"),

@@ -55,8 +55,11 @@ class Batch:
     offsets: Tensor
     """... and the token in it."""
     parts: list[Part]
+    wanted: Tensor | None
+    """Rows that are looked at after the last layer; None: all."""
     last_rows: Tensor
-    """The last row of each chunk, in the order of the chunks."""
+    """The last row of each chunk among the wanted ones, in the order of the chunks; nonsense for a
+    chunk of which nothing is wanted."""
     fresh: list[int]
     """Blocks that get their first token and are not filled."""
 
@@ -84,8 +87,12 @@ class PagedKv:
         """Of one layer in one block."""
         self._row_of_head = torch.arange(2 * heads, device=self.device).view(2, 1, heads, 1)
 
-    def plan(self, chunks: Sequence[Chunk]) -> Batch:
-        """Arrange the tokens: single ones first, by length of context, then the longer chunks."""
+    def plan(self, chunks: Sequence[Chunk], *, only_wanted: bool = False) -> Batch:
+        """Arrange the tokens: single ones first, by length of context, then the longer chunks.
+
+        `only_wanted`: after the last layer nobody looks at rows that are neither sampled from nor
+        scored.
+        """
         order = sorted(
             range(len(chunks)), key=lambda i: (_group(chunks[i], self.block_size), chunks[i].start)
         )
@@ -93,6 +100,7 @@ class PagedKv:
         positions: list[int] = []
         blocks: list[int] = []
         fresh: list[int] = []
+        wanted: list[int] = []
         ends = [0] * len(chunks)
         size = self.block_size
         for index in order:
@@ -101,7 +109,11 @@ class PagedKv:
             ids.extend(chunk.ids)
             positions.extend(own)
             blocks.extend([chunk.blocks[position // size] for position in own])
-            ends[index] = len(ids) - 1
+            if chunk.scored or not only_wanted:
+                wanted.extend(range(len(ids) - len(chunk.ids), len(ids)))
+            elif chunk.sample:
+                wanted.append(len(ids) - 1)
+            ends[index] = len(wanted) - 1
             if own.stop % size and own.stop - own.stop % size >= own.start:
                 fresh.append(blocks[-1])
         at = self._tensor(positions)
@@ -111,6 +123,7 @@ class PagedKv:
             blocks=self._tensor(blocks),
             offsets=at % size,
             parts=self._parts([chunks[index] for index in order]),
+            wanted=self._tensor(wanted) if len(wanted) < len(ids) else None,
             last_rows=self._tensor(ends),
             fresh=fresh,
         )
@@ -257,7 +270,7 @@ class PagedKv:
         return scores.masked_fill_(hidden, float("-inf"))
 
     def _tensor(self, numbers: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
-        return torch.tensor(numbers, device=self.device)
+        return torch.tensor(numbers, dtype=torch.int64, device=self.device)
 
 
 def _group(chunk: Chunk, block_size: int) -> int:

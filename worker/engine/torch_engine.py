@@ -85,7 +85,7 @@ class TorchRunner:
 
     @torch.inference_mode()
     def step(self, chunks: Sequence[Chunk]) -> list[int | None]:
-        batch = self.kv.plan(chunks)
+        batch = self.kv.plan(chunks, only_wanted=True)
         hidden = self.model.hidden(batch, self.kv)
         # From here on the blocks may be lent, or reused by a transport, at any moment.
         settle(self.device)

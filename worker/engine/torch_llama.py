@@ -70,22 +70,27 @@ class LlamaModel:
             for index in range(config.num_layers)
         ]
         self._norm = read(_NORM)
-        self._head = self._embedding if config.tied_embeddings else read(_HEAD)
+        self._head = _by_columns(self._embedding if config.tied_embeddings else read(_HEAD))
+        if config.tied_embeddings:
+            self._embedding = self._head
         self._cos, self._sin = rotary_tables(
             config.rope, config.head_dim, max_context, dtype, device
         )
 
     def hidden(self, batch: Batch, kv: PagedKv) -> Tensor:
-        """Write the KV of all rows; `[row, hidden_size]` after the last layer."""
+        """Write the KV of all rows; `[wanted row, hidden_size]` after the last layer."""
         kv.clear_fresh(batch)
         rows = functional.embedding(batch.ids, self._embedding)
         cos = self._cos.index_select(0, batch.positions).unsqueeze(1)
         sin = self._sin.index_select(0, batch.positions).unsqueeze(1)
         for index, layer in enumerate(self._layers):
             attended = self._attend(index, layer, rows, batch, kv, cos, sin)
-            rows = rows + layer.output(attended)
+            if batch.wanted is not None and index == len(self._layers) - 1:
+                # What is left of the last layer concerns no KV.
+                rows, attended = rows[batch.wanted], attended[batch.wanted]
+            rows += layer.output(attended)
             gate, up = layer.gate_up(self._normed(rows, layer.mlp_norm)).chunk(2, dim=-1)
-            rows = rows + layer.down(functional.silu(gate) * up)
+            rows += layer.down(functional.silu(gate).mul_(up))
         return rows
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -112,7 +117,12 @@ class LlamaModel:
     def _normed(self, rows: Tensor, weight: Tensor) -> Tensor:
         """RMS norm; the mean square in float32 whatever the rows are."""
         normed = functional.rms_norm(rows.float(), rows.shape[-1:], None, self._config.norm_eps)
-        return normed.to(rows.dtype) * weight
+        return normed.to(rows.dtype).mul_(weight)
+
+
+def _by_columns(weight: Tensor) -> Tensor:
+    """The same matrix, laid out as a CPU multiplies it with few rows in 0.6 of the time."""
+    return weight.t().contiguous().t() if weight.device.type == "cpu" else weight
 
 
 def expected_tensors(config: LlamaConfig) -> dict[str, tuple[int, ...]]:

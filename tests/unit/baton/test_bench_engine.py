@@ -32,6 +32,7 @@ def test_table_has_a_line_for_each_cell_and_both_sides_say_the_same(
         ("tiny", "decode", "1", "64", "-"),
         ("tiny", "decode", "16", "64", "-"),
         ("tiny", "prefill", "1", "64", "64"),
+        ("tiny", "prefill", "16", "64", "64"),
     ]
     assert [line.split()[-1] for line in lines] == ["same"] * len(lines)
     rows = json.loads(file.read_text())
