@@ -1,14 +1,32 @@
 """What this worker has said about each attempt, kept until the router has it.
 
 Core messaging loses messages, so every outcome can be asked for again: an attempt's record holds
-its outcome and its deltas exactly as they were sent. A record lives until the router's `Done`, or
-`linger_s` after the attempt has ended, or until the bound on records pushes the oldest ended out.
-Knows routers and attempts, not engines; time is an argument.
+its outcome and its deltas exactly as they were sent. A record lives until the router's `Done` or
+`Cancel`, or `linger_s` after the attempt has ended, or until the bound on records pushes the oldest
+ended out. Knows routers and attempts, not engines; time is an argument.
+
+What was told of an attempt, and what may still be told:
+
+    state      on                                        next
+    TAKEN      accept (nothing better came soon)         ACCEPTED
+               lend (a handle, while it still computes)  ACCEPTED
+               begin (decoding)                          WORKING
+               tokens                                    WORKING
+               end (prefilled, failed, the last token)   ENDED
+    ACCEPTED   lend                                      ACCEPTED
+               begin, tokens                             WORKING
+               end                                       ENDED
+    WORKING    begin, tokens                             WORKING
+               end                                       ENDED
+    ENDED      nothing
+
+What has no row comes too late and is not said. So nothing follows an end, and an attempt ends once.
 """
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Final
 
 from protocol.ids import JobKey
@@ -31,22 +49,61 @@ Post = Callable[[str, Out], None]
 """(router, message): goes into that router's next envelope."""
 
 
+class Told(Enum):
+    TAKEN = "taken"
+    ACCEPTED = "accepted"
+    WORKING = "working"
+    ENDED = "ended"
+
+
+class Say(Enum):
+    ACCEPT = "accept"
+    LEND = "lend"
+    BEGIN = "begin"
+    TOKENS = "tokens"
+    END = "end"
+
+
+NEXT: Final[dict[tuple[Told, Say], Told]] = {
+    (Told.TAKEN, Say.ACCEPT): Told.ACCEPTED,
+    (Told.TAKEN, Say.LEND): Told.ACCEPTED,
+    (Told.TAKEN, Say.BEGIN): Told.WORKING,
+    (Told.TAKEN, Say.TOKENS): Told.WORKING,
+    (Told.TAKEN, Say.END): Told.ENDED,
+    (Told.ACCEPTED, Say.LEND): Told.ACCEPTED,
+    (Told.ACCEPTED, Say.BEGIN): Told.WORKING,
+    (Told.ACCEPTED, Say.TOKENS): Told.WORKING,
+    (Told.ACCEPTED, Say.END): Told.ENDED,
+    (Told.WORKING, Say.BEGIN): Told.WORKING,
+    (Told.WORKING, Say.TOKENS): Told.WORKING,
+    (Told.WORKING, Say.END): Told.ENDED,
+}
+
+
 @dataclass(slots=True)
 class Record:
     """One attempt's story, as told to its router."""
 
     leg: Leg
+    state: Told = Told.TAKEN
     accepted: Accepted | None = None
     prefilled: Prefilled | None = None
     decoding: Decoding | None = None
     failed: Failed | None = None
     deltas: list[Delta] = field(default_factory=list)
     progressed_at: float = float("-inf")
-    ended: bool = False
 
-    def heard_of(self) -> bool:
-        """Whether the router has been told anything."""
-        return bool(self.accepted or self.prefilled or self.decoding or self.failed or self.deltas)
+    @property
+    def ended(self) -> bool:
+        return self.state is Told.ENDED
+
+    def move(self, event: Say) -> bool:
+        """By the table; False if it is too late to say this."""
+        after = NEXT.get((self.state, event))
+        if after is None:
+            return False
+        self.state = after
+        return True
 
 
 class Outbox:
@@ -91,42 +148,40 @@ class Outbox:
         """Say that the job is here, unless something better has been said already. A handle is
         always worth saying."""
         record = self._records.get(key)
-        if record is None or record.ended:
+        if record is None:
             return
-        if message is not None and message.handle is not None:
-            record.accepted = message
-        elif not record.heard_of():
-            record.accepted = Accepted(key.attempt)
-        else:
-            return
-        self._post(key.router, record.accepted)
+        has_handle = message is not None and message.handle is not None
+        if record.move(Say.LEND if has_handle else Say.ACCEPT):
+            record.accepted = message or Accepted(key.attempt)
+            self._post(key.router, record.accepted)
 
     def progress(self, key: JobKey, message: Progress, now: float) -> None:
         """Never asked for again, so not kept."""
         record = self._records.get(key)
-        if record is not None and now - record.progressed_at >= PROGRESS_S:
-            record.progressed_at = now
-            self._post(key.router, message)
-
-    def prefilled(self, key: JobKey, message: Prefilled, now: float) -> None:
-        record = self._records.get(key)
-        if record is None:
+        if record is None or record.ended or now - record.progressed_at < PROGRESS_S:
             return
-        record.prefilled = message
-        self._end(key, record, now)
+        record.progressed_at = now
         self._post(key.router, message)
+
+    def prefilled(self, key: JobKey, message: Prefilled, now: float) -> bool:
+        """False if nobody will hear it: what it lends is then nobody's."""
+        record = self._ending(key, now)
+        if record is None:
+            return False
+        record.prefilled = message
+        self._post(key.router, message)
+        return True
 
     def decoding(self, key: JobKey, message: Decoding) -> None:
         record = self._records.get(key)
-        if record is not None:
+        if record is not None and record.move(Say.BEGIN):
             record.decoding = message
             self._post(key.router, message)
 
     def failed(self, key: JobKey, message: Failed, now: float) -> None:
-        record = self._records.get(key)
+        record = self._ending(key, now)
         if record is not None:
             record.failed = message
-            self._end(key, record, now)
             self._post(key.router, message)
 
     def step(self, deltas: Iterable[tuple[JobKey, Delta]], now: float) -> None:
@@ -137,10 +192,13 @@ class Outbox:
             record = records.get(key)
             if record is None:
                 continue
+            # The usual case without the table: this is done for every token.
+            if record.state is not Told.WORKING and not record.move(Say.TOKENS):
+                continue
             record.deltas.append(delta)
             frames.setdefault(key.router, []).append(delta)
             if delta.finish:
-                self._end(key, record, now)
+                self._ending(key, now)
         for router, frame in frames.items():
             self._post(router, StepFrame(frame))
 
@@ -177,8 +235,12 @@ class Outbox:
                 return
             self.forget(key)
 
-    def _end(self, key: JobKey, record: Record, now: float) -> None:
-        record.ended = True
+    def _ending(self, key: JobKey, now: float) -> Record | None:
+        """The record, which ends now; None if there is none that could."""
+        record = self._records.get(key)
+        if record is None or not record.move(Say.END):
+            return None
         self._ended[key] = now
         if len(self._ended) > self._max_ended:
             self.sweep(now)
+        return record

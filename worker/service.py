@@ -299,24 +299,18 @@ class Service:
         self.outbox.progress(key, Progress(key.attempt, leg, done, total), self._clock())
 
     def prefilled(self, key: JobKey, result: PrefillResult) -> None:
-        if key not in self.outbox:
-            if result.handle is not None:
-                self._engine.release([result.handle.handle_id])
-            return
-        self.outbox.prefilled(
-            key,
-            Prefilled(
-                key.attempt,
-                result.prompt_tokens,
-                result.cached_tokens,
-                result.first,
-                result.handle,
-                result.queue_s,
-                result.prefill_s,
-                result.prompt_logprobs,
-            ),
-            self._clock(),
+        message = Prefilled(
+            key.attempt,
+            result.prompt_tokens,
+            result.cached_tokens,
+            result.first,
+            result.handle,
+            result.queue_s,
+            result.prefill_s,
+            result.prompt_logprobs,
         )
+        if not self.outbox.prefilled(key, message, self._clock()) and result.handle is not None:
+            self._engine.release([result.handle.handle_id])
         self.telemetry.changed()
 
     def decoding(self, key: JobKey, info: DecodingInfo) -> None:

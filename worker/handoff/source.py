@@ -61,25 +61,25 @@ class Lease:
     lent_at: float
 
 
-class _State(Enum):
+class LeaseState(Enum):
     LENT = "lent"
     RELEASED = "released"
     REVOKED = "revoked"
     EXPIRED = "expired"
 
 
-class _Event(Enum):
+class LeaseEvent(Enum):
     RENEW = "renew"
     RELEASE = "release"
     REVOKE = "revoke"
     EXPIRE = "expire"
 
 
-_NEXT: Final[dict[tuple[_State, _Event], _State]] = {
-    (_State.LENT, _Event.RENEW): _State.LENT,
-    (_State.LENT, _Event.RELEASE): _State.RELEASED,
-    (_State.LENT, _Event.REVOKE): _State.REVOKED,
-    (_State.LENT, _Event.EXPIRE): _State.EXPIRED,
+NEXT: Final[dict[tuple[LeaseState, LeaseEvent], LeaseState]] = {
+    (LeaseState.LENT, LeaseEvent.RENEW): LeaseState.LENT,
+    (LeaseState.LENT, LeaseEvent.RELEASE): LeaseState.RELEASED,
+    (LeaseState.LENT, LeaseEvent.REVOKE): LeaseState.REVOKED,
+    (LeaseState.LENT, LeaseEvent.EXPIRE): LeaseState.EXPIRED,
 }
 
 
@@ -93,7 +93,7 @@ class Source:
             raise LocalError(f"{num_slots} lease slots, leases of {lease_s} s")
         self.lease_s = lease_s
         self.ended: dict[str, int] = {
-            state.value: 0 for state in _State if state is not _State.LENT
+            state.value: 0 for state in LeaseState if state is not LeaseState.LENT
         }
         """Number of ended leases by end: released, revoked, expired."""
         self._pool = pool
@@ -133,15 +133,15 @@ class Source:
         """These last `lease_s` from now. Unknown and ended ones are ignored."""
         now = self._advance(now)
         for handle_id in tuple(handle_ids):
-            self._move(handle_id, _Event.RENEW, now)
+            self._move(handle_id, LeaseEvent.RENEW, now)
 
     def release(self, handle_ids: Iterable[str], now: float) -> list[Lease]:
         """Nobody needs these any more. Returns those that end by it."""
-        return self._end(handle_ids, _Event.RELEASE, now)
+        return self._end(handle_ids, LeaseEvent.RELEASE, now)
 
     def revoke(self, handle_ids: Iterable[str], now: float) -> list[Lease]:
         """We want the blocks of these back. Returns those that end by it."""
-        return self._end(handle_ids, _Event.REVOKE, now)
+        return self._end(handle_ids, LeaseEvent.REVOKE, now)
 
     def expire(self, now: float) -> list[Lease]:
         """End those that nobody has renewed in time, and return them."""
@@ -151,7 +151,7 @@ class Source:
             if lease.expires_at > now:
                 break
             due.append(lease.handle_id)
-        return self._end(due, _Event.EXPIRE, now)
+        return self._end(due, LeaseEvent.EXPIRE, now)
 
     def next_deadline(self) -> float | None:
         """When `expire` will next have something to do."""
@@ -167,18 +167,18 @@ class Source:
         if deadlines != sorted(deadlines):
             raise LocalError(f"leases out of order: {deadlines}")
 
-    def _end(self, handle_ids: Iterable[str], event: _Event, now: float) -> list[Lease]:
+    def _end(self, handle_ids: Iterable[str], event: LeaseEvent, now: float) -> list[Lease]:
         now = self._advance(now)
         moved = [self._move(handle_id, event, now) for handle_id in tuple(handle_ids)]
         return [lease for lease in moved if lease is not None]
 
-    def _move(self, handle_id: str, event: _Event, now: float) -> Lease | None:
+    def _move(self, handle_id: str, event: LeaseEvent, now: float) -> Lease | None:
         """Move a lease by the table; None if it is not lent (any more)."""
         lease = self._lent.get(handle_id)
         if lease is None:
             return None
-        state = _NEXT[_State.LENT, event]
-        if state is _State.LENT:
+        state = NEXT[LeaseState.LENT, event]
+        if state is LeaseState.LENT:
             self._lent[handle_id] = replace(lease, expires_at=now + self.lease_s)
             self._lent.move_to_end(handle_id)
             return lease

@@ -1,11 +1,14 @@
 """What was said is kept until the router has it, and not longer."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 
 from protocol.ids import JobKey
 from protocol.out import Accepted, Decoding, Failed, Out, Prefilled, Progress, StepFrame
 from tests.unit.worker.service_world import delta_of, handle_of, key_of
-from worker.outbox import Outbox
+from worker.outbox import NEXT, Outbox, Say, Told
 
 
 class Posted(list[tuple[str, Out]]):
@@ -107,3 +110,57 @@ def test_a_second_end_does_not_count_twice(outbox: Outbox) -> None:
     assert outbox.num_open == 0
     outbox.forget(key)
     assert len(outbox) == outbox.num_open == 0
+
+
+# --- the table ---
+
+ATTEMPT = key_of(1)
+SAYINGS: dict[Say, Callable[[Outbox], object]] = {
+    Say.ACCEPT: lambda outbox: outbox.accept(ATTEMPT),
+    Say.LEND: lambda outbox: outbox.accept(ATTEMPT, Accepted(1, handle_of("h"))),
+    Say.BEGIN: lambda outbox: outbox.decoding(ATTEMPT, Decoding(1)),
+    Say.TOKENS: lambda outbox: outbox.step([(ATTEMPT, delta_of(1, 0))], 0.0),
+    Say.END: lambda outbox: outbox.failed(ATTEMPT, Failed(1, "decode", "engine", "why"), 0.0),
+}
+WAYS = {Told.TAKEN: [], Told.ACCEPTED: [Say.ACCEPT], Told.WORKING: [Say.BEGIN]}
+
+
+@pytest.mark.parametrize("event", Say)
+@pytest.mark.parametrize("state", Told)
+def test_what_the_table_has_no_row_for_is_not_said(
+    outbox: Outbox, posted: Posted, state: Told, event: Say
+) -> None:
+    outbox.open(ATTEMPT, "decode")
+    for step in WAYS.get(state, [Say.END]):
+        SAYINGS[step](outbox)
+    assert outbox._records[ATTEMPT].state is state
+    posted.take()
+    SAYINGS[event](outbox)
+    assert len(posted.take()) == ((state, event) in NEXT)
+    assert outbox._records[ATTEMPT].state is NEXT.get((state, event), state)
+
+
+@pytest.mark.parametrize("say", [Outbox.failed, Outbox.prefilled, None])
+def test_an_attempt_ends_once(
+    outbox: Outbox, posted: Posted, say: Callable[[Outbox, JobKey, Any, float], object] | None
+) -> None:
+    """However it ended, nothing is added to what a replay says, and the bound counts it once."""
+    outbox.open(ATTEMPT, "decode")
+    if say is None:
+        outbox.step([(ATTEMPT, delta_of(1, 0, finish=True))], 0.0)
+    else:
+        is_failure = say is Outbox.failed
+        say(outbox, ATTEMPT, Failed(1, "decode", "engine", "") if is_failure else prefilled(), 0.0)
+    first = posted.take()
+    assert outbox.prefilled(ATTEMPT, prefilled(), 1.0) is False
+    for late in SAYINGS.values():
+        late(outbox)
+    outbox.progress(ATTEMPT, Progress(1, "decode", 1, 2), 5.0)
+    assert posted.take() == []
+    outbox.replay(ATTEMPT, 0)
+    assert posted.take() == first
+    assert outbox.num_open == 0
+
+
+def prefilled() -> Prefilled:
+    return Prefilled(1, 3, 0, None, handle_of("h"))
