@@ -20,6 +20,9 @@ class WorkerConfig(ProcessSettings, frozen=True, kw_only=True, forbid_unknown_fi
         str, about("vllm: where its KV events come from, tcp://...; with a * we listen there")
     ] = ""
     kv_replay_url: Annotated[str, about("vllm: its replay_endpoint for KV events")] = ""
+    engine_silence_ms: Annotated[
+        int, about("vllm: its jobs move when it has not answered for so long")
+    ] = 8_000
     engine_start_timeout_ms: Annotated[
         int, about("vllm: its server is waited for so long at start")
     ] = 300_000

@@ -57,6 +57,8 @@ class VllmServer:
         return [
             "--engine=vllm",
             f"--url={self.url}",
+            # it shares the cores with everything else here
+            "--engine-silence-ms=20000",
             f"--kv-events-url=tcp://127.0.0.1:{self.events_port}",
             f"--kv-replay-url=tcp://127.0.0.1:{self.replay_port}",
         ]

@@ -7,134 +7,44 @@ import asyncio
 import http.client
 import itertools
 import json
-import pydoc_data.topics
-import random
 import signal
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from contextlib import closing
 from typing import Any
 
 import aiohttp
-import nats
 import pytest
 
-from baton.demo import demo_model_folder
 from protocol.blocks import pack_ids
-from protocol.codec import decode_out, encode
 from protocol.handoff import KvHandle
-from protocol.jobs import Decode, JobEnvelope, Prefill, Tokens
-from protocol.out import Failed, Out, Prefilled
+from protocol.jobs import Cancel, Decode, Prefill, Tokens
+from protocol.out import Failed, Prefilled
 from protocol.sampling import Sampling
-from protocol.subjects import Subjects
-from tests.e2e.fleet import Fleet
-from tests.vllm.reference import MARGIN, Case, Reference
-from tests.vllm.servers import VllmServer
-from text.assets import load_assets
-from text.template import ChatTemplate
-from text.tokenizer import Tokenizer
+from tests.vllm.bus_client import bus_client
+from tests.vllm.pair import CHAT, MAX_TOKENS, NUM_PROMPTS, Pair, running_pair
 
-pytestmark = pytest.mark.timeout(420)
+pytestmark = pytest.mark.timeout(600)
 
-NUM_PROMPTS = 50
-MAX_TOKENS = 12
 CONCURRENCY = 6
-
-
-CHAT = [{"role": "user", "content": "What does the with statement do in a program?"}]
-
-
-@dataclass
-class Pair:
-    """Two servers, a router, and a Baton worker beside each."""
-
-    fleet: Fleet
-    prefill: VllmServer
-    decode: VllmServer
-    tokenizer: Tokenizer
-    corpus: list[int]
-    cases: list[Case]
-    """For the comparison with transformers; the others are for one test each."""
-    chat: Case
-    short: Case
-    forged: Case
-    innocent: Case
-    frozen: Case
-    orphan: Case
-
-    def any(self, seed: int, length: int) -> list[int]:
-        """Some prompt, whatever follows it."""
-        start = random.Random(seed).randrange(len(self.corpus) - length)
-        return self.corpus[start : start + length]
-
-    def ask(self, body: dict[str, Any], endpoint: str = "completions") -> dict[str, Any]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.fleet.port, timeout=90)
-        try:
-            headers = {"content-type": "application/json"}
-            body = {"model": "demo", "temperature": 0, "ignore_eos": True, **body}
-            connection.request("POST", f"/v1/{endpoint}", json.dumps(body), headers)
-            response = connection.getresponse()
-            return {"status": response.status, **json.loads(response.read())}
-        finally:
-            connection.close()
-
-    def num_pulls(self) -> float:
-        return self.decode.metric("vllm:nixl_xfer_time_seconds_count")
+_SEEDS = itertools.count(60)
 
 
 @pytest.fixture(scope="module")
-def prepared() -> dict[str, Any]:
-    """All that is computed by transformers, before two servers take the cores."""
-    assets = load_assets(demo_model_folder())
-    tokenizer = Tokenizer.from_assets(assets)
-    topics = pydoc_data.topics.topics
-    text = "\n\n".join(topics[name] for name in sorted(topics))
-    corpus = tokenizer.encode(text[:300_000], add_special_tokens=False)
-    reference = Reference()
-    rng = random.Random(8)
-    lengths = [8, 31, 32, 33, 64, 65, 700]
-    lengths += [int(8 * 30 ** rng.random()) for _ in range(NUM_PROMPTS - len(lengths))]
-    ends = set(tokenizer.eos_ids)
-    cases = reference.draw(corpus, [*lengths, 80, 96, 96, 200, 200], MAX_TOKENS)
-    chat = ChatTemplate.from_assets(assets).render(
-        CHAT, now=datetime.now(UTC), add_generation_prompt=True
-    )
-    ids = tokenizer.encode(chat, add_special_tokens=False)
-    out, margin = reference.greedy(ids, MAX_TOKENS)
-    assert margin >= MARGIN, "another question is needed"
-    out = out[: next((i for i, token in enumerate(out) if token in ends), len(out))]
-    names = ("short", "forged", "innocent", "frozen", "orphan")
-    return {
-        "tokenizer": tokenizer,
-        "corpus": corpus,
-        "cases": cases[:NUM_PROMPTS],
-        "chat": Case(ids, out),
-        **dict(zip(names, cases[NUM_PROMPTS:], strict=True)),
-    }
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    with running_pair(tmp_path_factory.mktemp("vllm")) as pair:
+        yield pair
 
 
-@pytest.fixture(scope="module")
-def pair(prepared: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
-    folder = tmp_path_factory.mktemp("vllm")
-    servers = [VllmServer("prefill", folder), VllmServer("decode", folder)]
-    try:
-        for server in servers:
-            server.start()
-        for server in servers:
-            server.until_ready()
-            server.warm_up()
-        settings = ["both.served_model_name=idle"]
-        with Fleet(folder / "fleet", prefill=0, decode=0, both=1, settings=settings) as fleet:
-            for server, name in zip(servers, ("vp", "vd"), strict=True):
-                fleet.add_worker(name, server.role, *server.flags)
-            yield Pair(fleet, *servers, **prepared)
-    finally:
-        for server in servers:
-            server.stop()
+def lent_by(outcome: object) -> KvHandle:
+    """The handle of a prefill leg; no first token comes with it."""
+    assert isinstance(outcome, Prefilled), outcome
+    assert outcome.first is None
+    assert outcome.handle is not None
+    return outcome.handle
 
 
-async def test_fifty_prompts_are_transformers_and_every_block_came_over(pair: Pair) -> None:
+async def test_fifty_prompts_are_transformers_and_vllm_counts_their_transfers(pair: Pair) -> None:
     gate = asyncio.Semaphore(CONCURRENCY)
     url = f"{pair.fleet.base_url}/v1"
     before = pair.num_pulls()
@@ -149,9 +59,10 @@ async def test_fifty_prompts_are_transformers_and_every_block_came_over(pair: Pa
                 assert got.status == 200, await got.text()
                 if not stream:
                     return str((await got.json())["choices"][0]["text"])
-                lines = (await got.text()).split("\n\n")
-                assert lines[-2] == "data: [DONE]"
-                chunks = [json.loads(line[6:]) for line in lines[:-2]]
+                events = (await got.text()).split("\n\n")
+                *lines, last = [event for event in events if event.startswith("data: ")]
+                assert last == "data: [DONE]"
+                chunks = [json.loads(line[6:]) for line in lines]
                 return "".join(c["text"] for chunk in chunks for c in chunk["choices"])
 
         async with asyncio.TaskGroup() as tasks:
@@ -165,6 +76,37 @@ async def test_fifty_prompts_are_transformers_and_every_block_came_over(pair: Pa
     # a few may have been short enough, or known enough, to be prefilled where they are decoded
     assert pair.num_pulls() - before >= NUM_PROMPTS * 0.8
     assert pair.decode.metric("vllm:nixl_num_failed_transfers_total") == 0
+
+
+def test_a_stream_comes_in_pieces(pair: Pair) -> None:
+    case = pair.short
+    texts = []
+    connection = http.client.HTTPConnection("127.0.0.1", pair.fleet.port, timeout=90)
+    with closing(connection):
+        body = {"model": "demo", "prompt": case.ids, "temperature": 0, "ignore_eos": True}
+        body |= {"stream": True, "max_tokens": MAX_TOKENS}
+        headers = {"content-type": "application/json"}
+        connection.request("POST", "/v1/completions", json.dumps(body), headers)
+        for line in connection.getresponse():
+            if line.startswith(b"data: {"):
+                texts += [choice["text"] for choice in json.loads(line[6:])["choices"]]
+    assert "".join(texts) == pair.tokenizer.decode(case.out)
+    assert len(texts) > MAX_TOKENS // 2
+
+
+def test_an_answer_obeys_a_schema(pair: Pair) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"number": {"enum": [1, 2]}},
+        "required": ["number"],
+        "additionalProperties": False,
+    }
+    wanted = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
+    body = {"messages": CHAT, "max_tokens": 60, "ignore_eos": False, "response_format": wanted}
+    answer = pair.ask(body, "chat/completions")
+    assert answer["status"] == 200, answer
+    [choice] = answer["choices"]
+    assert json.loads(choice["message"]["content"])["number"] in (1, 2)
 
 
 def test_chat_with_logprobs_is_transformers(pair: Pair) -> None:
@@ -221,68 +163,90 @@ def test_a_client_that_goes_is_noticed_by_vllm(pair: Pair) -> None:
     )
     response = connection.getresponse()
     assert response.readline().startswith(b"data: ")
-    assert pair.decode.metric("vllm:num_requests_running") == 1
-    aborted = pair.decode.metric("vllm:request_success_total", finished_reason="abort")
+    pair.fleet.until(
+        lambda: pair.decode.metric("vllm:num_requests_running") == 1, what="vLLM's own count"
+    )
+    said = pair.decode.metric("vllm:generation_tokens_total")
+    ended = pair.decode.metric("vllm:request_success_total")
     response.close()
     connection.close()
     pair.fleet.until(
         lambda: pair.decode.metric("vllm:num_requests_running") == 0, what="vLLM to stop"
     )
-    after = pair.decode.metric("vllm:request_success_total", finished_reason="abort")
-    assert after == aborted + 1
+    # vLLM 0.32 does not count what was aborted: it neither ended nor came to its last token
+    assert pair.decode.metric("vllm:request_success_total") == ended
+    assert pair.decode.metric("vllm:generation_tokens_total") - said < 2900
 
 
-async def test_a_forged_handle_never_reaches_vllm(pair: Pair) -> None:
+async def test_a_handle_is_never_sent_with_another_prompt(pair: Pair) -> None:
     ids, other = pair.forged.ids, pair.innocent.ids
-    subjects = Subjects("default")
     sampling = Sampling(MAX_TOKENS, temperature=0.0)
-    heard: asyncio.Queue[Out] = asyncio.Queue()
-    client = await nats.connect(pair.fleet.nats_url)
-    try:
-
-        async def on_message(message: Any) -> None:
-            for said in decode_out(message.data).outs:
-                heard.put_nowait(said)
-
-        for name in ("vp", "vd"):
-            await client.subscribe(subjects.out("forger", name), cb=on_message)
-        await client.flush()
-
-        async def send(name: str, job: Prefill | Decode) -> Out:
-            incarnation = pair.fleet.worker(name)["incarnation"]
-            envelope = encode(JobEnvelope("forger", [job]))
-            await client.publish(subjects.jobs(name, incarnation), envelope)
-            while True:
-                said = await asyncio.wait_for(heard.get(), 30)
-                if isinstance(said, Prefilled | Failed):
-                    return said
-
-        prefilled = await send("vp", Prefill(1, "f/0", Tokens(pack_ids(ids)), sampling))
-        assert isinstance(prefilled, Prefilled)
-        assert prefilled.first is None
-        handle = prefilled.handle
-        assert isinstance(handle, KvHandle)
+    async with bus_client(pair.fleet, "vp", "vd") as client:
+        await client.send("vp", Prefill(1, "f/0", Tokens(pack_ids(ids)), sampling))
+        handle = lent_by(await client.outcome(1, timeout_s=30.0))
         pulls = pair.num_pulls()
-        failed = await send("vd", Decode(2, "f/0", Tokens(pack_ids(other)), sampling, handle))
+        await client.send("vd", Decode(2, "f/0", Tokens(pack_ids(other)), sampling, handle))
+        failed = await client.outcome(2, timeout_s=30.0)
         assert isinstance(failed, Failed)
         assert failed.code == "handle_mismatch"
         assert pair.num_pulls() == pulls
-    finally:
-        await client.close()
     for case in (pair.innocent, pair.forged):
         body = {"prompt": case.ids, "max_tokens": MAX_TOKENS}
         answer = await asyncio.to_thread(pair.ask, body)
         assert answer["choices"][0]["text"] == pair.tokenizer.decode(case.out)
 
 
-def test_an_orphaned_handle_is_forgotten_by_both(pair: Pair) -> None:
-    """What the forger left: vLLM frees it by its own clock, and so do our books."""
-    pair.fleet.until(
-        lambda: pair.prefill.metric("vllm:nixl_num_kv_expired_reqs_total") >= 1,
-        what="vLLM's lease to run out",
-        timeout_s=45.0,
-    )
-    pair.fleet.until_idle(timeout_s=10.0)
+async def test_an_orphaned_handle_is_forgotten_by_both(pair: Pair) -> None:
+    """Nobody fetches its blocks: vLLM frees them by its own clock, and so do our books."""
+
+    def num_expired() -> float:
+        return pair.prefill.metric("vllm:nixl_num_kv_expired_reqs_total")
+
+    before = num_expired()
+    async with bus_client(pair.fleet, "vp") as client:
+        ids = Tokens(pack_ids(pair.any(5, 70)))
+        await client.send("vp", Prefill(21, "o/0", ids, Sampling(1, temperature=0.0)))
+        lent_by(await client.outcome(21, timeout_s=30.0))
+
+    def wait() -> None:
+        pair.fleet.until(
+            lambda: num_expired() > before, what="vLLM's lease to run out", timeout_s=60.0
+        )
+        pair.fleet.until_idle(timeout_s=40.0)
+
+    await asyncio.to_thread(wait)
+
+
+async def test_a_prefill_side_frozen_with_lent_blocks_gives_no_wrong_token(pair: Pair) -> None:
+    """Between the legs, so that the pull is from a frozen process: it may come (the kernel reads
+    a stopped process' memory) or fail or hang until we cancel, but what comes is right."""
+    ids, out = pair.pulled.ids, pair.pulled.out
+    sampling = Sampling(MAX_TOKENS, temperature=0.0, ignore_eos=True)
+    async with bus_client(pair.fleet, "vp", "vd") as client:
+        await client.send("vp", Prefill(11, "g/0", Tokens(pack_ids(ids)), sampling))
+        handle = lent_by(await client.outcome(11, timeout_s=30.0))
+        pair.prefill.signal(signal.SIGSTOP)
+        try:
+            job = Decode(12, "g/0", Tokens(pack_ids(ids)), sampling, handle)
+            await client.send("vd", job)
+            outcome = await client.outcome(12, timeout_s=10.0)
+            if outcome is None:
+                await client.send("vd", Cancel(12))
+            print("pull from a frozen process:", outcome, client.ids.get(12))
+            heard = client.ids.get(12, [])
+            assert heard == out[: len(heard)]
+            assert outcome != "length" or len(heard) == MAX_TOKENS
+            # others are served meanwhile
+            case = pair.cases[0]
+            body = {"prompt": case.ids, "max_tokens": MAX_TOKENS}
+            answer = await asyncio.to_thread(pair.ask, body)
+            assert answer["status"] == 200, answer
+            assert answer["choices"][0]["text"] == pair.tokenizer.decode(case.out)
+        finally:
+            pair.prefill.signal(signal.SIGCONT)
+    answer = await asyncio.to_thread(pair.ask, {"prompt": ids, "max_tokens": MAX_TOKENS})
+    assert answer["choices"][0]["text"] == pair.tokenizer.decode(out)
+    await asyncio.to_thread(until_pulled, pair)
 
 
 def test_a_frozen_prefill_side_costs_time_and_nothing_else(pair: Pair) -> None:
@@ -294,12 +258,17 @@ def test_a_frozen_prefill_side_costs_time_and_nothing_else(pair: Pair) -> None:
         assert answer["choices"][0]["text"] == pair.tokenizer.decode(out)
     finally:
         pair.prefill.signal(signal.SIGCONT)
+    until_pulled(pair)
+
+
+def until_pulled(pair: Pair) -> None:
+    """A thawed prefill side is used again."""
     before = pair.num_pulls()
-    seeds = itertools.count(60)
 
     def comes_over() -> bool:
-        prompt = pair.any(next(seeds), 70)
-        assert pair.ask({"prompt": prompt, "max_tokens": 1})["status"] == 200
+        prompt = pair.any(next(_SEEDS), 70)
+        answer = pair.ask({"prompt": prompt, "max_tokens": 1})
+        assert answer["status"] == 200, answer
         return pair.num_pulls() > before
 
     pair.fleet.until(comes_over, what="the prefill side to be used again", timeout_s=60.0)

@@ -94,6 +94,7 @@ def _vllm(config: WorkerConfig, worker: str, incarnation: str) -> Engine:
         lease_s=config.lease_ms / 1e3,
         max_running=config.max_running,
         start_timeout_s=config.engine_start_timeout_ms / 1e3,
+        silent_s=config.engine_silence_ms / 1e3,
     )
     return VllmEngine(
         settings,

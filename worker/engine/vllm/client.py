@@ -4,6 +4,7 @@ Every failure leaves here as a `VllmError` that says whose it is. Closing a stre
 told to stop: it aborts what nobody reads. It knows no jobs.
 """
 
+import errno
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Final, Literal
@@ -14,6 +15,22 @@ import msgspec
 from worker.engine.vllm.wire import Answer, ErrorObject, EventLines, WireError, decode_answer
 
 CONNECT_S: Final = 5.0
+QUIET_S: Final = 300.0
+"""An answer of which no byte comes for so long is lost, however lively the server is else."""
+_KEEP_ALIVE_S: Final = 3.0
+"""Less than vLLM's own 5 s: a request sent into a connection that it closes would fail."""
+_NEVER_SERVED: Final = (401, 403, 404, 405)
+_PASSING: Final = (
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOBUFS,
+    errno.ENOMEM,
+    errno.ENETDOWN,
+    errno.ENETUNREACH,
+    errno.EHOSTUNREACH,
+    errno.EADDRNOTAVAIL,
+)
+"""Our host or the way there is in trouble; that says nothing about the server."""
 MAX_ERROR_CHARS: Final = 500
 
 Fault = Literal["request", "context", "server", "gone", "silent"]
@@ -31,13 +48,13 @@ class VllmError(Exception):
 class VllmClient:
     """Belongs to one event loop. `url` is the server's, without `/v1`."""
 
-    def __init__(self, url: str, *, api_key: str = "") -> None:
+    def __init__(self, url: str, *, api_key: str = "", quiet_s: float = QUIET_S) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._session = aiohttp.ClientSession(
             headers=headers,
-            connector=aiohttp.TCPConnector(limit=0),
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S),
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=quiet_s),
             read_bufsize=1 << 18,
         )
 
@@ -45,11 +62,13 @@ class VllmClient:
         await self._session.close()
 
     async def get(self, path: str, *, timeout_s: float) -> bytes:
-        """Raises VllmError."""
+        """Raises VllmError; its fault is the request's where no later try can help."""
         timeout = aiohttp.ClientTimeout(total=timeout_s)
         with _translated(self.url):
             async with self._session.get(self.url + path, timeout=timeout) as response:
                 body = await response.read()
+                if response.status in _NEVER_SERVED:
+                    raise VllmError("request", f"{self.url}{path} answered {response.status}")
                 if response.status != 200:
                     raise _refusal(response.status, body)
                 return body
@@ -105,7 +124,10 @@ def _translated(url: str) -> Iterator[None]:
     except TimeoutError:
         raise VllmError("silent", f"{url}: no answer in time") from None
     except aiohttp.ClientConnectorError as error:
-        raise VllmError("gone", f"{url}: {error.strerror or error}") from None
+        is_passing = isinstance(error, aiohttp.ClientConnectorDNSError)
+        is_passing = is_passing or error.errno in _PASSING
+        fault: Fault = "silent" if is_passing else "gone"
+        raise VllmError(fault, f"{url}: {error.strerror or error}") from None
     except aiohttp.InvalidURL:
         raise VllmError("request", f"{url} is no URL") from None
     except aiohttp.ClientError as error:

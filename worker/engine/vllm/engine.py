@@ -32,7 +32,7 @@ from worker.engine.base import (
 )
 from worker.engine.sequences import ModelLimits, SequenceRefused, build_sequence
 from worker.engine.vllm import legs
-from worker.engine.vllm.client import VllmClient, VllmError
+from worker.engine.vllm.client import QUIET_S, VllmClient, VllmError
 from worker.engine.vllm.facts import load_folder, model_digest, model_folder, vocab_size
 from worker.engine.vllm.handles import LentHandles
 from worker.engine.vllm.kv_index import KvIndex
@@ -41,6 +41,8 @@ from worker.engine.vllm.watch import SILENT_S, Found, Verdict, Watch, wait_for_v
 _log = logging.getLogger("baton.engine")
 
 DRAIN_POLL_S: Final = 0.2
+PULL_S: Final = 15.0
+"""A pull from a dead server fails after 5 s; one that takes so long waits for vLLM's engine."""
 _INDEX_SLACK: Final = 2
 
 
@@ -61,14 +63,17 @@ class VllmConfig:
     max_running: int = 64
     start_timeout_s: float = 300.0
     silent_s: float = SILENT_S
+    """The whole server: its jobs move."""
+    quiet_s: float = QUIET_S
+    """One answer of a server that is well: its leg ends."""
 
 
 @dataclass(slots=True, eq=False)
 class _Job:
     job: PrefillJob | DecodeJob
+    since: float
     task: "asyncio.Task[None] | None" = None
     is_decoding: bool = False
-    ended: bool = False
 
     @property
     def leg(self) -> Leg:
@@ -106,16 +111,20 @@ class VllmEngine:
         """Wait for vLLM, then know it. Raises ConfigError."""
         config = self._config
         self._outlet = outlet
-        self._client = VllmClient(config.url, api_key=config.api_key)
+        self._client = VllmClient(config.url, api_key=config.api_key, quiet_s=config.quiet_s)
         found = await wait_for_vllm(
             self._client, config.served_name, timeout_s=config.start_timeout_s, clock=self._clock
         )
         info = await asyncio.to_thread(self._read_model, found)
         self._watch = Watch(
-            self._client, found.metrics, clock=self._clock, silent_s=config.silent_s
+            self._client,
+            found.metrics,
+            clock=self._clock,
+            is_busy=self._is_owed_tokens,
+            silent_s=config.silent_s,
         )
         self._start_kv_events()
-        self._spawn(self._watch.run(self._on_verdict), "watch vllm")
+        self._spawn(lambda: self._watch.run(self._on_verdict), "watch vllm")
         return info
 
     def _read_model(self, found: Found) -> EngineInfo:
@@ -179,12 +188,12 @@ class VllmEngine:
             replay_url=self._config.kv_replay_url,
             said=self._say_events,
         )
-        self._spawn(stream.run(), "kv events")
+        self._spawn(stream.run, "kv events")
 
-    def _spawn(self, work: Coroutine[object, object, None], name: str) -> None:
+    def _spawn(self, work: Callable[[], Coroutine[object, object, None]], name: str) -> None:
         async def run() -> None:
             try:
-                await work
+                await work()
             except Exception as error:  # noqa: BLE001  whatever it is, this engine is blind now
                 _log.exception("%s ended", name)
                 self._die(f"{name}: {error!r}")
@@ -215,7 +224,7 @@ class VllmEngine:
     def submit(self, job: PrefillJob | DecodeJob) -> None:
         if job.key in self._jobs:
             return
-        entry = self._jobs[job.key] = _Job(job)
+        entry = self._jobs[job.key] = _Job(job, self._clock())
         entry.task = asyncio.create_task(self._run(entry), name=f"leg {job.choice}")
 
     def cancel(self, key: JobKey) -> None:
@@ -241,15 +250,14 @@ class VllmEngine:
         self._serial += 1
         now = self._clock()
         sequence = build_sequence(job, self._limits, self._tokenizer, serial=self._serial, now=now)
-        if self._dead or self._watch.is_silent(now):
-            silent_s = self._watch.silent_s(now)
+        if self._dead or self._watch.is_silent:
+            silent_s = self._watch.silent_s
             raise VllmError("silent", self._dead or f"vLLM has been silent for {silent_s:.1f} s")
         if isinstance(job, PrefillJob):
             await legs.prefill(self._site, job, sequence, self)
             self._stats.prefilled_tokens += len(sequence.ids)
         else:
             await legs.decode(self._site, job, sequence, self)
-            self._stats.decoded_tokens += len(sequence.ids) - sequence.num_given
 
     def _fail(self, entry: _Job, code: FailureCode, message: str) -> None:
         key, leg = entry.job.key, entry.leg
@@ -298,12 +306,18 @@ class VllmEngine:
         for key, delta in deltas:
             if key in self._jobs:  # else it was cancelled meanwhile
                 said.append((key, delta))
+                self._stats.decoded_tokens += len(delta.ids)
                 if delta.finish:
                     del self._jobs[key]
         if said:
             self._outlet.step(said)
 
     # --- vLLM's health ---
+
+    def _is_owed_tokens(self) -> bool:
+        """A pull is no work of vLLM's engine, so for a while it does not ask for steps."""
+        due = self._clock() - PULL_S
+        return any(entry.leg != "transfer" or entry.since <= due for entry in self._jobs.values())
 
     def _on_verdict(self, verdict: Verdict) -> None:
         """After every look at vLLM."""
@@ -351,7 +365,7 @@ class VllmEngine:
             running=max(metrics.running, num_decoding),
             # a silent server shall not look idle: its step counter is watched while there is work
             waiting=max(
-                metrics.waiting, len(self._jobs) - num_decoding, int(self._watch.is_silent(now))
+                metrics.waiting, len(self._jobs) - num_decoding, int(self._watch.is_silent)
             ),
             num_blocks=metrics.num_blocks,
             free_blocks=free,

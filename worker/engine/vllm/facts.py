@@ -5,6 +5,7 @@ Plain functions over text and files: no sockets, no clock.
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ class ServedModel(msgspec.Struct):
     """One entry of `/v1/models`."""
 
     id: str
-    root: str = ""
+    root: str | None = ""
     max_model_len: int = 0
     parent: str | None = None
     """Of an adapter."""
@@ -62,9 +63,10 @@ def read_models(body: bytes, wanted: str, url: str) -> ServedModel:
         raise ConfigError(f"{url}/v1/models does not answer as vLLM does") from None
     bases = [model for model in models if not model.parent]
     named = [model for model in bases if model.id == wanted]
-    if not bases or not bases[0].max_model_len:
+    found = [model for model in named or bases if model.max_model_len > 0]
+    if not found:
         raise ConfigError(f"{url}/v1/models names no model with a max_model_len: is it vLLM?")
-    return (named or bases)[0]
+    return found[0]
 
 
 _NAMES: Final = (
@@ -86,7 +88,10 @@ def read_metrics(body: str) -> Metrics:
     sums: dict[str, float] = {}
     cache: Mapping[str, str] = {}
     for name, labels, value in _SAMPLE.findall(body):
-        sums[name] = sums.get(name, 0.0) + float(value)
+        number = float(value)
+        if not math.isfinite(number):
+            raise ValueError(f"{name} is {value}")
+        sums[name] = sums.get(name, 0.0) + number
         if name == "vllm:cache_config_info":
             cache = cache or dict(_LABEL.findall(labels))
     if not cache or "vllm:num_requests_running" not in sums:
@@ -114,7 +119,7 @@ def _count(labels: Mapping[str, str], name: str) -> int:
     return value
 
 
-def model_folder(configured: str, root: str, url: str) -> Path:
+def model_folder(configured: str, root: str | None, url: str) -> Path:
     """Where tokenizer and template are read from. Raises ConfigError."""
     if configured:
         return Path(configured)

@@ -70,7 +70,7 @@ def check_handle(handle: KvHandle, sequence: ActiveSequence, *, wall: float) -> 
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise SequenceRefused("handle_mismatch", f"the handle is not vLLM's: {error}") from None
     age_s = wall - ours.lent_at
-    if age_s > handle.lease_s * (1 - MARGIN):
+    if not age_s <= handle.lease_s * (1 - MARGIN):
         raise SequenceRefused(
             "lease_lost",
             f"the handle is {age_s:.1f} s old, of a lease of {handle.lease_s:g} s "

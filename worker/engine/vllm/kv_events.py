@@ -43,7 +43,13 @@ class KvEventStream:
         self._num_bad = 0
         self.num_gaps = 0
         self._context = zmq.asyncio.Context()
-        self._socket = self._open(zmq.SUB, url, may_bind=True)
+        try:
+            if replay_url:  # a bad address is told now, not at the first gap
+                self._open(zmq.DEALER, replay_url, may_bind=False).close()
+            self._socket = self._open(zmq.SUB, url, may_bind=True)
+        except ConfigError:
+            self._context.destroy(linger=0)
+            raise
         self._socket.subscribe(b"")
 
     def _open(self, kind: int, url: str, *, may_bind: bool) -> "zmq.asyncio.Socket":
@@ -57,14 +63,13 @@ class KvEventStream:
                 socket.connect(url)
         except zmq.ZMQError as error:
             socket.close()
-            self._context.term()
             raise ConfigError(f"KV events: {url}: {error.strerror}") from None
         return socket
 
     async def run(self) -> None:
         """Until it is cancelled. What was said before we listened is asked for first."""
         try:
-            await self._fill(0)
+            await self._fill(0, before=0)
             await self._listen()
         finally:
             self._socket.close()
@@ -78,7 +83,7 @@ class KvEventStream:
                 continue
             seq = int.from_bytes(frames[1], "big")
             if self._sequencer.missing(seq):
-                await self._fill(self._sequencer.expected)
+                await self._fill(self._sequencer.expected, before=seq)
             self._apply(seq, frames[2])
 
     def _apply(self, seq: int, payload: bytes) -> None:
@@ -86,16 +91,16 @@ class KvEventStream:
             return
         try:
             events = self._index.apply(decode_batch(payload))
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:  # the latter: ids of more than 32 bits
             self._bad(str(error))
             events = self._index.clear()  # it may have said that something is gone
         if events:
             self._said(events)
 
-    async def _fill(self, expected: int) -> None:
-        """Ask for everything from `expected` on; without it the index begins anew."""
+    async def _fill(self, expected: int, *, before: int) -> None:
+        """Ask for everything from `expected` on; if not all `before` comes, begin anew."""
         replayed = await self._replay(expected) if self._replay_url else []
-        if expected and not replay_closes_gap(replayed, expected):
+        if expected and not replay_closes_gap(replayed, expected, before):
             self.num_gaps += 1
             _log.warning("KV events lost from number %d on: the index begins anew", expected)
             self._said(self._index.clear())
@@ -113,7 +118,9 @@ class KvEventStream:
                 if len(frames) < 3 or len(frames[-2]) != 8 or frames[-2] == _END:
                     return found
                 found.append((int.from_bytes(frames[-2], "big"), frames[-1]))
-        except (TimeoutError, zmq.ZMQError):
+        except (TimeoutError, zmq.ZMQError) as error:
+            why = "no answer in time" if isinstance(error, TimeoutError) else str(error)
+            _log.warning("KV events: replay from %s: %s", self._replay_url, why)
             return found
         finally:
             socket.close()

@@ -166,5 +166,10 @@ class Sequencer:
         return True
 
 
-def replay_closes_gap(replayed: Sequence[tuple[int, bytes]], expected: int) -> bool:
-    return bool(replayed) and replayed[0][0] <= expected
+def replay_closes_gap(replayed: Sequence[tuple[int, bytes]], expected: int, before: int) -> bool:
+    """Whether every number from `expected` to the one `before` the next message is there."""
+    for seq, _ in replayed:
+        if seq > expected:
+            return False
+        expected = max(expected, seq + 1)
+    return expected >= before

@@ -134,9 +134,10 @@ async def decode(site: Site, job: DecodeJob, sequence: ActiveSequence, told: Tol
 
 
 def request_id(job: PrefillJob | DecodeJob) -> str:
-    """vLLM's name for the leg: the choice's, for its logs, and the attempt, as no two legs of a
-    server may share one."""
-    return f"{_UNSAFE.sub('-', job.choice)[:_MAX_ID_CHARS]}-{job.key.attempt}"
+    """vLLM's name for the leg: the choice's, for its logs, then router and attempt, as no two legs
+    of a server may share one. Clients may name their requests, so choices may be equal."""
+    choice = _UNSAFE.sub("-", job.choice)[:_MAX_ID_CHARS]
+    return f"{choice}-{_UNSAFE.sub('-', job.key.router)}-{job.key.attempt}"
 
 
 def failure(error: VllmError, *, has_handle: bool, is_decoding: bool) -> FailureCode:
@@ -211,12 +212,14 @@ def _take(sequence: ActiveSequence, choice: Choice) -> Delta | None:
     """The chunk's ids as one delta, up to the end of the choice. Raises VllmError."""
     if choice.finish_reason in ("abort", "error"):
         raise VllmError("server", f"vLLM ended the request: {choice.finish_reason}")
+    if choice.token_ids is None:  # else a version that does not know the option ends in silence
+        raise VllmError("server", "vLLM sends no token ids: it does not know return_token_ids")
     try:
         scores = token_logprobs(choice, sequence.sampling.logprobs)
     except WireError as error:
         raise VllmError("server", str(error)) from None
     whole: Delta | None = None
-    for token, score in zip(choice.token_ids or (), scores, strict=True):
+    for token, score in zip(choice.token_ids, scores, strict=True):
         delta = sequence.take(token, Scores(sampled=score))
         whole = delta if whole is None else _joined(whole, delta)
         if whole.finish:

@@ -20,9 +20,14 @@ from worker.engine.vllm.facts import Metrics, ServedModel, read_metrics, read_mo
 _log = logging.getLogger("baton.engine")
 
 LOOK_S: Final = 0.5
-LOOK_TIMEOUT_S: Final = 1.0
+LOOK_TIMEOUT_S: Final = 2.0
 SILENT_S: Final = 8.0
 """Silent for so long: open jobs fail. vLLM's front may be busy with a long prompt."""
+_LONGEST_LOOK_S: Final = LOOK_S + LOOK_TIMEOUT_S
+"""One look without an answer counts for no more: the rest was our own process standing still."""
+STILL_S: Final = 60.0
+"""Answers so long, owes us tokens and computes nothing: open jobs fail. A router asks this worker
+about a quiet stream and is answered, so it alone would wait on. A cold server may compile."""
 _REFUSE_SHARE: Final = 0.4
 """Silent for this part of it: new jobs fail at once."""
 MAX_REFUSED: Final = 2
@@ -93,7 +98,7 @@ async def _find(client: VllmClient, wanted: str) -> Found:
 
 
 class Watch:
-    """The last numbers, and how old they are."""
+    """The last numbers, and how old they are. `is_busy`: vLLM owes us computed tokens."""
 
     def __init__(
         self,
@@ -101,28 +106,31 @@ class Watch:
         metrics: Metrics,
         *,
         clock: Callable[[], float],
+        is_busy: Callable[[], bool],
         silent_s: float = SILENT_S,
     ) -> None:
         self._client = client
         self._clock = clock
-        self._heard_at = clock()
-        self._silent_s = silent_s
+        self._is_busy = is_busy
+        self._limit_s = silent_s
+        self._looked_at = clock()
+        self.silent_s = 0.0
+        """How long nothing has come, in looks without an answer."""
+        self._still_s = 0.0
         self._num_refused = 0
         self.metrics = metrics
         self.steps = 0
         """Moves with what vLLM computes, and while it has nothing to compute."""
 
-    def silent_s(self, now: float) -> float:
-        return now - self._heard_at
-
-    def is_silent(self, now: float) -> bool:
+    @property
+    def is_silent(self) -> bool:
         """Long enough to give it nothing new."""
-        return now - self._heard_at > self._silent_s * _REFUSE_SHARE
+        return self.silent_s > self._limit_s * _REFUSE_SHARE
 
     def moved(self) -> None:
         """A token came."""
         self.steps += 1
-        self._heard_at = self._clock()
+        self.silent_s = self._still_s = 0.0
 
     async def run(self, on_verdict: Callable[[Verdict], None]) -> None:
         """For ever."""
@@ -144,18 +152,29 @@ class Watch:
         self._num_refused = self._num_refused + 1 if error.fault == "gone" else 0
         if self._num_refused >= MAX_REFUSED:
             return Verdict(dead=f"vLLM is gone: {error}")
-        silent_s = self.silent_s(self._clock())
-        if silent_s >= self._silent_s:
-            return Verdict(silent=f"vLLM has been silent for {silent_s:.1f} s: {error}")
+        self.silent_s += self._since_last_look()
+        if self.silent_s >= self._limit_s:
+            return Verdict(silent=f"vLLM has been silent for {self.silent_s:.1f} s: {error}")
         return Verdict()
 
     def _on_metrics(self, metrics: Metrics) -> Verdict:
         before, self.metrics = self.metrics, metrics
         self._num_refused = 0
-        self._heard_at = self._clock()
+        looked_s = self._since_last_look()
+        self.silent_s = 0.0
         if metrics.started_at != before.started_at:
             return Verdict(dead="vLLM was started anew: its KV is gone")
         moved = metrics.iterations != before.iterations
-        if moved or not metrics.running:
+        # an engine that froze while it was idle still claims that nothing runs
+        is_busy = self._is_busy()
+        if moved or not (metrics.running or is_busy):
             self.steps += 1
+        self._still_s = self._still_s + looked_s if is_busy and not moved else 0.0
+        if self._still_s >= STILL_S:
+            return Verdict(silent=f"vLLM has computed nothing for {self._still_s:.1f} s")
         return Verdict(moved=moved)
+
+    def _since_last_look(self) -> float:
+        now = self._clock()
+        before, self._looked_at = self._looked_at, now
+        return min(now - before, _LONGEST_LOOK_S)

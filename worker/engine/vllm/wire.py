@@ -82,6 +82,8 @@ def prefill_body(model: str, ids: Sequence[int], *, cache_salt: str) -> dict[str
         "prompt": list(ids),
         "max_tokens": 1,
         "temperature": 0,
+        # whatever token it is: blocks of a request that ended by itself are not lent everywhere
+        "ignore_eos": True,
         "stream": False,
     }
     if cache_salt:

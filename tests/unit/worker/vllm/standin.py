@@ -40,20 +40,28 @@ class Standin:
         self.behave: dict[str, Any] = {}
         self.events: list[tuple[int, bytes]] = []
 
-    async def models(self, _: web.Request) -> web.Response:
-        model = {"id": "demo", "object": "model", "root": self.root, "parent": None}
+    async def models(self, request: web.Request) -> web.Response:
+        if status := self.behave.get("models_status"):
+            return web.Response(status=status, text="no")
+        if key := self.behave.get("key"):
+            assert request.headers["Authorization"] == f"Bearer {key}"
+        root = self.behave.get("root", self.root)
+        model = {"id": "demo", "object": "model", "root": root, "parent": None}
         return web.json_response({"object": "list", "data": [{**model, "max_model_len": 512}]})
 
     async def version(self, _: web.Request) -> web.Response:
         return web.json_response({"version": "0.32.0"})
 
     async def metrics(self, _: web.Request) -> web.Response:
+        if self.behave.get("metrics") == "other":
+            return web.Response(text="# HELP up Of somebody else\nup 1.0\n")
         labels = '{engine="0",model_name="demo"}'
         self.iterations += self.behave.get("tick", 0)
+        running = 0 if self.behave.get("frozen") else self.running
         cache = 'block_size="32",cache_dtype="auto",num_gpu_blocks="1000",num_cpu_blocks="None"'
         return web.Response(
             text=f"# HELP vllm:num_requests_running Number\n"
-            f"vllm:num_requests_running{labels} {float(self.running)}\n"
+            f"vllm:num_requests_running{labels} {float(running)}\n"
             f"vllm:num_requests_waiting{labels} 0.0\n"
             f'vllm:num_requests_waiting_by_reason{{engine="0",reason="capacity"}} 7.0\n'
             f"vllm:kv_cache_usage_perc{labels} 0.25\n"
@@ -74,12 +82,14 @@ class Standin:
         self.running += 1
         try:
             if not body.get("stream"):
-                return self._whole(body)
+                return await self._whole(body)
             return await self._stream(request, body)
         finally:
             self.running -= 1
 
-    def _whole(self, body: dict[str, Any]) -> web.Response:
+    async def _whole(self, body: dict[str, Any]) -> web.Response:
+        if self.behave.get("hang_whole"):
+            await asyncio.Event().wait()  # until the client goes, or for ever
         self.iterations += 1
         ids = body["prompt"]
         choice: dict[str, Any] = {"index": 0, "text": "x", "finish_reason": "length"}
@@ -136,7 +146,7 @@ class Standin:
                 "finish_reason": None if left else "length",
                 "stop_reason": None,
                 "prompt_token_ids": body["prompt"] if len(ids) == len(body["prompt"]) + 1 else None,
-                "token_ids": new,
+                "token_ids": None if self.behave.get("no_ids") else new,
             }
             if "logprobs" in body:
                 names = [f"token_id:{token}" for token in new]

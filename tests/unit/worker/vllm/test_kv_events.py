@@ -1,15 +1,17 @@
 """KV events over real ZeroMQ sockets: what was missed is replayed, or the index begins anew."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
+import msgspec
 import pytest
+import zmq
 
 from protocol.blocks import block_hashes, pack_ids, seed_of
 from protocol.errors import ConfigError
 from protocol.events import KvCleared, KvStored
-from tests.unit.worker.vllm.vllm_world import Standin, World, standin, started, world_of
+from tests.contract.nats_server import free_port
+from tests.unit.worker.vllm.vllm_world import World, started
 
 SIZE = 32
 
@@ -25,18 +27,6 @@ def stored(number: int) -> dict[str, Any]:
         "lora_id": None,
         "medium": "GPU",
     }
-
-
-@pytest.fixture(scope="module")
-def shared() -> Iterator[Standin]:
-    with standin() as process:
-        yield process
-
-
-@pytest.fixture
-async def world(shared: Standin) -> AsyncIterator[World]:
-    async with world_of(shared) as world:
-        yield world
 
 
 def urls(world: World) -> dict[str, str]:
@@ -96,6 +86,41 @@ async def test_a_gap_that_nobody_remembers_begins_anew(world: World) -> None:
         assert len(engine.kv_snapshot().hashes) == 1
 
 
+async def test_a_replay_with_a_hole_begins_anew(world: World) -> None:
+    async with started(world, **urls(world)) as engine:
+        seq = await until_subscribed(world, 0)
+        await world.publish(seq, stored(700), sent=False)
+        await world.publish(seq + 2, stored(702))  # the number between was never kept
+        await world.heard.until(lambda: KvCleared() in world.heard.events)
+        await world.heard.until(lambda: len(engine.kv_snapshot().hashes) == 2)
+
+
+async def test_where_nobody_publishes_all_else_works(world: World) -> None:
+    nowhere = [f"tcp://127.0.0.1:{free_port()}" for _ in range(2)]
+    async with started(world, kv_events_url=nowhere[0], kv_replay_url=nowhere[1]) as engine:
+        key = await world.run(engine, world.decode([5] * 40))
+        assert world.heard.last(key).finish == "length"
+        assert (engine.kv_snapshot().hashes, engine.load().cached_blocks) == ([], 0)
+        assert world.heard.unwell == []
+
+
+async def test_listening_where_vllm_connects_is_possible(world: World) -> None:
+    """As vLLM has it: who names a star binds, the other side connects."""
+    port = free_port()
+    async with started(world, kv_events_url=f"tcp://*:{port}"):
+        with zmq.Context() as context, context.socket(zmq.PUB) as publisher:
+            publisher.linger = 0
+            publisher.connect(f"tcp://127.0.0.1:{port}")
+            payload = msgspec.msgpack.encode([1.0, [stored(5)], 0])
+            async with asyncio.timeout(10.0):
+                for seq in range(200):
+                    publisher.send_multipart([b"", seq.to_bytes(8, "big"), payload])
+                    if num_stored(world):
+                        break
+                    await asyncio.sleep(0.02)
+        assert num_stored(world) == 1
+
+
 async def test_without_a_replay_address_a_gap_begins_anew(world: World) -> None:
     async with started(world, kv_events_url=world.kv_events_url):
         seq = await until_subscribed(world, 3)  # the first number is no gap
@@ -104,10 +129,13 @@ async def test_without_a_replay_address_a_gap_begins_anew(world: World) -> None:
         await world.heard.until(lambda: KvCleared() in world.heard.events)
 
 
-async def test_rubbish_clears_and_goes_on(world: World) -> None:
+@pytest.mark.parametrize(
+    "rubbish", [{"type": "Unheard"}, {**stored(1), "token_ids": [1 << 40] * SIZE}]
+)
+async def test_rubbish_clears_and_goes_on(world: World, rubbish: dict[str, Any]) -> None:
     async with started(world, **urls(world)):
         seq = await until_subscribed(world, 0)
-        await world.publish(seq, {"type": "Unheard"})
+        await world.publish(seq, rubbish)
         await world.heard.until(lambda: KvCleared() in world.heard.events)
         before = num_stored(world)
         await world.publish(seq + 1, stored(9))
@@ -115,8 +143,9 @@ async def test_rubbish_clears_and_goes_on(world: World) -> None:
         assert world.heard.unwell == []
 
 
-async def test_a_bad_address_is_one_clear_line(world: World) -> None:
-    engine = world.engine(kv_events_url="tcp:/nowhere")
+@pytest.mark.parametrize("which", ["kv_events_url", "kv_replay_url"])
+async def test_a_bad_address_is_one_clear_line(world: World, which: str) -> None:
+    engine = world.engine(**{**urls(world), which: "tcp:/nowhere"})
     with pytest.raises(ConfigError, match="KV events: tcp:/nowhere"):
         await engine.start(world.heard)
     await engine.stop()

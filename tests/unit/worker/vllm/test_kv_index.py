@@ -7,7 +7,7 @@ import pytest
 
 from protocol.blocks import block_hashes, pack_ids, seed_of
 from protocol.events import KvCleared, KvEvent, KvRemoved, KvStored
-from worker.engine.vllm.kv_index import KvIndex, decode_batch
+from worker.engine.vllm.kv_index import KvIndex, decode_batch, replay_closes_gap
 
 SIZE = 4
 SEED = seed_of("digest")
@@ -108,3 +108,19 @@ def test_it_never_grows_past_its_bound() -> None:
 def test_rubbish_is_a_value_error(payload: bytes) -> None:
     with pytest.raises(ValueError, match="KV events"):
         decode_batch(payload)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "closes"),
+    [
+        ([4, 5, 6], True),
+        ([2, 3, 4, 5, 6, 7, 8], True),
+        ([4, 5], False),
+        ([5, 6], False),
+        ([4, 6], False),
+        ([], False),
+    ],
+)
+def test_a_gap_is_closed_by_every_number_in_it(numbers: list[int], closes: bool) -> None:
+    """4 was expected, 7 has come."""
+    assert replay_closes_gap([(number, b"") for number in numbers], 4, 7) is closes

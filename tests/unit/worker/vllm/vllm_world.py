@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import msgspec
 
 from baton.demo import demo_model_folder
 from protocol.events import KvEvent
@@ -22,12 +23,26 @@ from protocol.ids import JobKey
 from protocol.out import Delta, Leg
 from protocol.sampling import Sampling
 from tests.contract.nats_server import free_port
+from tests.unit.worker.vllm.standin import next_token
 from worker.engine.base import DecodeJob, DecodingInfo, EngineError, PrefillJob, PrefillResult
 from worker.engine.vllm.engine import VllmConfig, VllmEngine
 
 STANDIN = Path(__file__).with_name("standin.py")
+PROMPT = list(range(300, 370))
 GREEDY = Sampling(max_tokens=8, temperature=0.0)
 WAIT_S = 10.0
+
+
+def continuation(ids: Sequence[int], count: int) -> list[int]:
+    """What the stand-in says after `ids`."""
+    ids = list(ids)
+    for _ in range(count):
+        ids.append(next_token(ids))
+    return ids[-count:]
+
+
+def replace_sampling(**changes: object) -> Sampling:
+    return msgspec.structs.replace(GREEDY, **changes)
 
 
 class Heard:
@@ -157,6 +172,9 @@ class World:
         async with self.http.post(f"{self.url}/publish", json=said) as response:
             assert response.status == 200
 
+    async def request_ids(self) -> list[str]:
+        return [entry["request_id"] for entry in (await self._state())["seen"]]
+
     async def seen(self) -> list[dict[str, Any]]:
         return [entry["body"] for entry in (await self._state())["seen"]]
 
@@ -174,6 +192,14 @@ class World:
 
     def signal(self, number: signal.Signals) -> None:
         os.kill(self.process.pid, number)
+
+
+async def lent(world: World, engine: VllmEngine, prompt: Sequence[int] = PROMPT) -> KvHandle:
+    """A prefill leg's handle."""
+    key = await world.run(engine, world.prefill(prompt))
+    handle = world.heard.results[key].handle
+    assert handle is not None
+    return handle
 
 
 @contextmanager
