@@ -59,7 +59,15 @@ class RacePeer(Peer):
     def revoke_and_write(self, lease: Lease) -> None:
         assert not any(map(self.pool.is_writable, lease.blocks))
         self.source.revoke([lease.handle_id], time.monotonic())
-        self.write(lease.blocks, OVERWRITTEN)
+        self.overwrite(lease.blocks)
+
+    def overwrite(self, blocks: "tuple[int, ...]") -> None:
+        """Not all at once, as a step of an engine does: were the word zeroed only after this, a
+        reader would have the time to notice."""
+        half = len(blocks) // 2
+        self.write(blocks[:half], OVERWRITTEN)
+        threading.Event().wait(0.004 if self.rng.random() < 0.25 else 0.0)
+        self.write(blocks[half:], OVERWRITTEN)
 
     def write(self, blocks: "tuple[int, ...] | list[int]", byte: int) -> None:
         size = self.arena.block_bytes

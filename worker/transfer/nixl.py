@@ -22,6 +22,7 @@ from worker.transfer.nixl_places import (
     block_pieces,
     memory_kind,
     word_piece,
+    wrong_memory,
     wrong_remote,
     wrong_slot,
 )
@@ -102,7 +103,7 @@ class NixlTransfer:
             return "an offer of nobody"
         if offer.kind not in ("host", "cuda"):
             return f"memory of an unknown kind {offer.kind!r}"
-        return ""
+        return wrong_memory(offer)
 
     def pull(self, spec: PullSpec, on_end: OnEnd) -> Operation:
         return self._submit(spec, on_end, None)

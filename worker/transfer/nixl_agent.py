@@ -142,16 +142,23 @@ class AgentThread:
             return
         finally:
             self._ready.set()
+        while not self._has_served():
+            time.sleep(_STUCK_PAUSE_S)
+        if not self._lost:
+            self._peers = None
+            self._opened = None  # the last reference to the agent: it is destroyed here
+
+    def _has_served(self) -> bool:
+        """False after an error that no operation is to blame for: even then the thread goes on, so
+        that whatever comes later hears its end, and what is posted is asked for."""
         try:
             self._serve()
         except Exception as error:
-            _logger.exception("nixl: the agent's thread ends")
+            if not self.failure:
+                _logger.exception("nixl: the agent's thread takes no more work")
             self._break(error)
-            for flight in [flight for flight in self._flights if not flight.posted]:
-                self._end(flight)
-        if not self._flights and not self._lost:
-            self._peers = None
-            self._opened = None  # the last reference to the agent: it is destroyed here
+            return False
+        return True
 
     def _serve(self) -> None:
         pause_s = 0.0
@@ -184,7 +191,8 @@ class AgentThread:
             try:
                 has_moved |= self._advance(flight, now)
             except Exception as error:
-                _logger.exception("nixl: the agent's thread takes no more work")
+                if not self.failure:
+                    _logger.exception("nixl: the agent's thread takes no more work")
                 self._break(error)
                 flight.fail(self.failure)
                 if flight.posted and flight in self._flights:
@@ -266,7 +274,7 @@ class AgentThread:
             remote = agent.get_xfer_descs(piece.remote, piece.remote_kind)
             backend = self._open.backend
             return agent.initialize_xfer("READ", local, remote, peer.name, b"", [backend])
-        except self._open.errors as error:
+        except self._open.not_begun as error:
             flight.fail(f"bad_request: not memory of that source: {error}")
             peer.failed = peer.failed or peer.num_users == 1
             return None

@@ -72,6 +72,9 @@ class OpenAgent:
     """What loading a source's metadata raises where nobody answers."""
     disconnected: tuple[type[Exception], ...]
     """What a transfer raises when its source is not there any more."""
+    not_begun: tuple[type[Exception], ...]
+    """What loading metadata or preparing a transfer may raise, the bindings' own included: what
+    they were given was wrong, and nothing has begun."""
 
 
 def nixl_unavailable() -> str:
@@ -161,6 +164,7 @@ def _opened(api: Any, bindings: Any, name: str, backend: Backend) -> OpenAgent:
         errors,
         refused=(bindings.nixlBackendError, bindings.nixlRemoteDisconnectError),
         disconnected=(bindings.nixlRemoteDisconnectError,),
+        not_begun=(*errors, RuntimeError, TypeError, ValueError, MemoryError),
     )
 
 

@@ -78,7 +78,7 @@ class Peers:
         except self._opened.refused as error:  # connection refused, host unreachable
             self._forget(offer.agent)
             raise Unreachable(str(error)) from error
-        except self._opened.errors as error:
+        except self._opened.not_begun as error:
             self._forget(offer.agent)
             raise BadOffer(f"its metadata: {error}") from error
         name = loaded.decode() if isinstance(loaded, bytes) else loaded

@@ -11,6 +11,9 @@ from worker.transfer.operations import out_of_range, runs
 
 PIECE_BYTES: Final = 8 << 20
 """A pull goes in pieces of at most this many bytes (or one block, if that is larger)."""
+MAX_METADATA_BYTES: Final = 1 << 20
+"""A source registers two regions, which takes half a KiB."""
+MAX_NAME: Final = 256
 _THROTTLE_S: Final = 0.05
 """A throttled pull copies at most so much of its time at once."""
 
@@ -33,6 +36,21 @@ class Piece:
 
 def memory_kind(kind: str) -> Kind:
     return "VRAM" if kind == "cuda" else "DRAM"
+
+
+def wrong_memory(offer: FabricOffer) -> str:
+    """Why there can be no such source or memory; empty if there can. Whether it is there, the
+    library knows."""
+    if len(offer.agent) > MAX_NAME:
+        return f"an agent's name of {len(offer.agent)} characters"
+    if len(offer.metadata) > MAX_METADATA_BYTES:
+        return f"metadata of {len(offer.metadata)} bytes"
+    regions = (offer.arena_address, offer.arena_bytes), (offer.lease_address, offer.lease_bytes)
+    if not all(0 < address <= address + nbytes < 1 << 63 for address, nbytes in regions):
+        return "memory at no address"
+    if not 0 <= offer.device < 1 << 31:
+        return f"memory of device {offer.device}"
+    return ""
 
 
 def wrong_remote(spec: PullSpec, offer: FabricOffer) -> str:

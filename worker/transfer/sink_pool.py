@@ -97,9 +97,13 @@ class SinkPool(Generic[C]):
             operation.end(False, "stopped: the worker leaves")
 
     def retry(self, operation: Operation, offer: Offer) -> None:
-        """The connection was closed before it answered: once more, on a new one."""
+        """The connection was closed before it answered: once more, on a new one. Who leaves does
+        not blame the source for it."""
         operation.retries += 1
         self._leave(operation, offer)
+        if self.loop.is_stopping:
+            operation.end(False, "stopped: the worker leaves")
+            return
         self._start(operation, fresh=True)
         self._start_waiting()
 
@@ -136,6 +140,8 @@ class SinkPool(Generic[C]):
         for operation in list(self._waiting):
             if len(self._active) >= self._max_active:
                 return
+            if operation not in self._waiting:
+                continue  # started meanwhile: a connection that breaks at once comes back to here
             if self._active_of.get(operation.spec.offer, 0) < self._max_per_peer:
                 del self._waiting[operation]
                 self._start(operation)

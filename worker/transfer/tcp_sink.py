@@ -99,7 +99,7 @@ class SinkConnection:
         operation, self._operation = self._operation, None
         if operation is None:
             self._pool.lost(None, self)
-        elif peer_gone and not self._reactor.is_stopping and self._may_retry(operation):
+        elif peer_gone and self._may_retry(operation):
             self._pool.retry(operation, self.offer)
         else:
             operation.end(False, reason, peer_gone=peer_gone)

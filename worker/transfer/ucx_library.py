@@ -24,6 +24,7 @@ from worker.transfer.reactor import Broken
 _QUIET: Final = {"UCX_LOG_FILE": "stderr", "UCXX_LOG_LEVEL": "FATAL"}
 """Set for the import, unless the operator says something else: every dead peer would be logged."""
 _OK: Final = 0
+_CANCELED: Final = -16
 _NO_CONNECTION: Final = ("NotConnected", "Unreachable", "Rejected", "TimedOut")
 
 
@@ -103,6 +104,10 @@ class Posted:
         if not self._request.completed:
             return False
         if self._request.status != _OK:
+            if self._request.status == _CANCELED and self._stream.is_alive:
+                # Seen where other endpoints of this worker are closed at that moment (UCX 1.21):
+                # neither we nor the peer ended this one.
+                raise Broken("cancelled: by the library", peer_gone=True)
             raise self._stream.broken()
         return True
 
@@ -129,6 +134,11 @@ class Stream:
         self._endpoint.close_blocking()
 
     @property
+    def is_alive(self) -> bool:
+        """Neither closed by us nor failed."""
+        return bool(self._endpoint.alive)
+
+    @property
     def num_unsent(self) -> int:
         """Sends that are not terminal."""
         _forget(self._sends)
@@ -152,7 +162,7 @@ class Stream:
 
     def _post(self, call: Any, buffer: Any, posted: deque[Posted]) -> Posted:
         _forget(posted)
-        if not self._endpoint.alive:
+        if not self.is_alive:
             raise self.broken()  # a send on a failed endpoint would never return (UCX 1.21)
         try:
             operation = Posted(call(self._library.wrap(buffer)), buffer, self)

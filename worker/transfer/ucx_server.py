@@ -188,7 +188,7 @@ class UcxServerConnection:
 
     def advance(self) -> None:
         while True:
-            if self._owes_data and self._header.is_terminal():
+            if self._owes_data and self._header.is_done():
                 raise Broken("protocol: a request before the reply's end")
             if not self._waits_for.is_done():
                 return

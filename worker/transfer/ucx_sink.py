@@ -62,6 +62,7 @@ class UcxSinkConnection:
     def begin(self, operation: Operation) -> None:
         self._operation = operation
         self._is_answered = False
+        operation.num_bytes_done = 0  # all of it once more, if it was begun on another connection
         self._script = self._exchange(operation)
         self._waits_for = None
         self._loop.poke()
@@ -83,7 +84,7 @@ class UcxSinkConnection:
         operation, self._operation = self._operation, None
         if operation is None:
             self._pool.lost(None, self)
-        elif peer_gone and not self._loop.is_stopping and self._may_retry(operation, reason):
+        elif peer_gone and self._may_retry(operation, reason):
             self._pool.retry(operation, self.offer)
         else:
             operation.end(False, reason, peer_gone=peer_gone)
@@ -91,9 +92,10 @@ class UcxSinkConnection:
 
     def _may_retry(self, operation: Operation, reason: str) -> bool:
         """A living source closes what is idle: a request that crosses that is sent once more. A
-        dead one refuses the next connection."""
+        dead one refuses the next connection. What the library cancelled is asked for again, too."""
         is_unheard = reason.startswith("closed") and not self._is_answered
-        return is_unheard and not operation.aborted and operation.retries < _MAX_RETRIES
+        may = is_unheard or reason.startswith("cancelled")
+        return may and not operation.aborted and operation.retries < _MAX_RETRIES
 
     def _exchange(self, operation: Operation) -> Iterator[Posted]:
         """Request, reply, blocks, word. Yields what must be done before it goes on."""
