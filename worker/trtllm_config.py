@@ -2,10 +2,13 @@
 
 Baton's own names are taken as they are. `cache_transceiver_config` and a few keys with an equal
 meaning become Baton's settings; the other keys TensorRT-LLM knows are named, once, and change
-nothing; what neither knows stays in, for the loader to refuse. One file that says two things about
-one setting is an error; variables and flags of Baton win over the file, as always.
+nothing. Its keys change with every version: in a file with `cache_transceiver_config` a key that is
+in neither list is taken for one of those, unless it looks like a misspelt setting of ours. Such a
+key, and unknown ones of other files, stay in, for the loader to refuse. One file that says two
+things about one setting is an error; variables and flags of Baton win over the file, as always.
 """
 
+import difflib
 from collections.abc import Collection, Mapping
 from typing import Any, Final
 
@@ -50,6 +53,9 @@ KNOWN: Final = frozenset(_LISTED.split())
 """Keys of TensorRT-LLM's model of its arguments, and of a server's section, that do nothing
 here."""
 
+_CLOSE: Final = 0.8
+"""Names at least so alike (`difflib`) are one name and a slip of the pen."""
+
 
 class TrtllmKeys:
     """Translates what was read from a file and the environment; collects what is to be said."""
@@ -69,13 +75,15 @@ class TrtllmKeys:
         meant: dict[str, tuple[str, Any]] = {}
         unused = []
         for name, value in values.items():
+            if name == SECTION:
+                continue  # read below
             if name in self._own:
                 kept[name] = value
             elif name in EQUAL:
                 meant[EQUAL[name]] = (f"`{name}: {value}`", _whole(where, name, value))
-            elif name in KNOWN:
+            elif name in KNOWN or (SECTION in values and not self._is_misspelt(name)):
                 unused.append(name)
-            elif name != SECTION:
+            else:
                 kept[name] = value
         self._read_transceiver(values, environ, meant)
         for name, (said, value) in meant.items():
@@ -86,6 +94,9 @@ class TrtllmKeys:
         if unused:
             self.notes.append(f"{where}: without effect here: {', '.join(sorted(unused))}")
         return kept
+
+    def _is_misspelt(self, name: str) -> bool:
+        return bool(difflib.get_close_matches(name, self._own, n=1, cutoff=_CLOSE))
 
     def _read_transceiver(
         self,

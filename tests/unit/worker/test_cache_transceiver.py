@@ -205,9 +205,16 @@ def test_keys_of_tensorrt_llm_that_do_nothing_here_are_named_in_one_line(tmp_pat
     )
 
 
+def test_beside_the_section_keys_of_other_versions_are_named_too(tmp_path: Path) -> None:
+    loaded = Loaded(tmp_path, {"a_key_of_next_year": {"x": 1}, **section(backend="NIXL")})
+    assert loaded.config.transfer == "nixl"
+    assert loaded.notes[-1].endswith("without effect here: a_key_of_next_year")
+
+
 @pytest.mark.parametrize(
     ("file", "said"),
     [
+        ({"leese_ms": 9, **section(backend="NIXL")}, "unknown key `leese_ms`; did you mean"),
         ({"tensor_paralel_size": 2}, "unknown key `tensor_paralel_size`; did you mean `tensor_pa"),
         ({"cache_transciever_config": {}}, "did you mean `cache_transceiver_config`?"),
         ({"max_batch_size": "many"}, "max_batch_size: expected a whole number, got 'many'"),
