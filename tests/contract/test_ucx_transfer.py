@@ -19,6 +19,7 @@ from tests.contract.transfer_sink import ROOT, Sink, until
 from tests.contract.ucx_world import PeerMaker, cpu_s, peers, place
 from worker.kv.arena import Arena, LeaseTable, ScratchWords
 from worker.transfer import ucx_library
+from worker.transfer.operations import Operation
 from worker.transfer.ucx import UcxTransfer, ucx_unavailable
 
 
@@ -122,7 +123,7 @@ def test_stop_in_the_middle_leaves_the_source_well(make_peer: PeerMaker, sink: S
 
 
 def test_pull_goes_on_where_others_are_given_up(make_peer: PeerMaker, sink: Sink) -> None:
-    """UCX cancels receives of living endpoints when others are closed: they are asked for again."""
+    """An abort closes endpoints, with receives posted: no other endpoint notices."""
     peer = make_peer(throttle_bytes_per_s=64 << 20)
     for _ in range(20):
         running = [sink.begin(sink.spec(peer.offer, range(n, 64, 8))) for n in range(8)]
@@ -130,6 +131,9 @@ def test_pull_goes_on_where_others_are_given_up(make_peer: PeerMaker, sink: Sink
         for ticket, _ in running[2:]:
             ticket.abort()
         assert all(ends.wait().ok for _, ends in running[:2])
+        for ticket, _ in running[:2]:
+            assert isinstance(ticket, Operation)
+            assert ticket.retries == 0
         for _, ends in running[2:]:
             ends.wait()
     assert sink.transfer.num_live() == 0

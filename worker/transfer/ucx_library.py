@@ -8,6 +8,11 @@ receiver's memory are made by the thread that runs the worker's progress, never 
 receive that was ended by closing the endpoint in that thread can write nothing any more. Tagged
 messages can be matched by anybody who knows the tag, and large ones are fetched by the network card
 behind the program's back.
+
+A receive whose data is all here when it is posted, in several pieces, is done at once. UCX (up to
+1.22) then takes for its status whatever the recycled memory of the request says: how an earlier
+request ended (`_LEFT_OVER`), or what was in memory that no request has used (`_Pool`). See
+`docs/adr/0011-ucx.md`.
 """
 
 import contextlib
@@ -24,7 +29,14 @@ from worker.transfer.reactor import Broken
 _QUIET: Final = {"UCX_LOG_FILE": "stderr", "UCXX_LOG_LEVEL": "FATAL"}
 """Set for the import, unless the operator says something else: every dead peer would be logged."""
 _OK: Final = 0
-_CANCELED: Final = -16
+_LEFT_OVER: Final = (-6, -16, -20, -23, -24, -25, -80)
+"""How requests of closed or failed endpoints end: unreachable, cancelled, timed out, rejected, not
+connected, reset, endpoint timeout. UCX ends no receive with these in the call that posts it: as the
+status of one that was done at once they are another's, and the data is here."""
+_FIRST_REQUESTS: Final = 4096
+_SPARE_REQUESTS: Final = 256
+"""For what UCX asks of itself: to connect, to flush, to close."""
+_MAX_TURNS: Final = 1_000_000
 _NO_CONNECTION: Final = ("NotConnected", "Unreachable", "Rejected", "TimedOut")
 
 
@@ -58,6 +70,7 @@ class Library:
             self._context = self._core.UCXContext(options, features)
             self.worker = self._core.UCXWorker(self._context, False, False)
             self.worker.init_blocking_progress_mode()
+            self.requests = _Pool(self)
         except self.error as error:
             raise ConfigError(f"ucx does not start: {error}") from error
 
@@ -84,13 +97,50 @@ class Library:
         return self._array(buffer)
 
 
+class _Pool:
+    """UCX's request objects: none of ours is one that was never used. What it takes for its status
+    there may be a byte of somebody else's memory; a positive one looks like a receive that never
+    ends, and closing its endpoint is a segmentation fault."""
+
+    def __init__(self, library: Library) -> None:
+        self._library = library
+        self.num_used = 0
+        self.num_posted = 0
+        self._use(_FIRST_REQUESTS)
+
+    def prepare(self) -> None:
+        """One is about to be posted. Raises the library's error."""
+        if self.num_posted + _SPARE_REQUESTS >= self.num_used:
+            self._use(2 * self.num_used)
+
+    def _use(self, num_requests: int) -> None:
+        """Have so many in use at once, the posted ones included, all of which end well: UCX takes
+        what was used last before it takes what was never used."""
+        library, worker = self._library, self._library.worker
+        count = num_requests - self.num_posted
+        endpoint = worker.create_endpoint_from_worker_address(worker.address, True)
+        memory = memoryview(bytearray(count))
+        receives = [endpoint.stream_recv(library.wrap(memory[n : n + 1])) for n in range(count)]
+        sent = endpoint.stream_send(library.wrap(bytes(count)))
+        turns = 0
+        while not (sent.completed and receives[-1].completed) and turns < _MAX_TURNS:
+            worker.progress_once()
+            turns += 1
+        endpoint.close_blocking()
+        if not (sent.completed and receives[-1].completed):
+            raise library.error("no way from this process to itself")
+        self.num_used = num_requests
+
+
 class Posted:
     """A send or receive, and the memory it works on: kept until it is terminal."""
 
-    def __init__(self, request: Any, buffer: Any, stream: "Stream") -> None:
+    def __init__(self, request: Any, buffer: Any, stream: "Stream", *, is_receive: bool) -> None:
         self.buffer = buffer
         self._request = request
         self._stream = stream
+        # Its data was here before: see `_LEFT_OVER`.
+        self._is_filled = is_receive and request.completed and request.status in _LEFT_OVER
 
     @property
     def num_bytes(self) -> int:
@@ -103,11 +153,7 @@ class Posted:
         """Raises Broken if it failed."""
         if not self._request.completed:
             return False
-        if self._request.status != _OK:
-            if self._request.status == _CANCELED and self._stream.is_alive:
-                # Seen where other endpoints of this worker are closed at that moment (UCX 1.21):
-                # neither we nor the peer ended this one.
-                raise Broken("cancelled: by the library", peer_gone=True)
+        if self._request.status != _OK and not self._is_filled:
             raise self._stream.broken()
         return True
 
@@ -141,12 +187,12 @@ class Stream:
     @property
     def num_unsent(self) -> int:
         """Sends that are not terminal."""
-        _forget(self._sends)
+        self._forget(self._sends)
         return len(self._sends)
 
     def is_quiet(self) -> bool:
         """Nothing posted can touch memory any more."""
-        _forget(self._receives)
+        self._forget(self._receives)
         return not self.num_unsent and not self._receives
 
     def broken(self) -> Broken:
@@ -161,20 +207,23 @@ class Stream:
         return Broken("closed: the endpoint failed", peer_gone=True)
 
     def _post(self, call: Any, buffer: Any, posted: deque[Posted]) -> Posted:
-        _forget(posted)
+        self._forget(posted)
         if not self.is_alive:
             raise self.broken()  # a send on a failed endpoint would never return (UCX 1.21)
         try:
-            operation = Posted(call(self._library.wrap(buffer)), buffer, self)
+            self._library.requests.prepare()
+            request = call(self._library.wrap(buffer))
         except self._library.error as error:
             raise self.broken() from error
+        self._library.requests.num_posted += 1
+        operation = Posted(request, buffer, self, is_receive=posted is self._receives)
         posted.append(operation)
         return operation
 
-
-def _forget(posted: deque[Posted]) -> None:
-    while posted and posted[0].is_terminal():
-        posted.popleft()
+    def _forget(self, posted: deque[Posted]) -> None:
+        while posted and posted[0].is_terminal():
+            posted.popleft()
+            self._library.requests.num_posted -= 1
 
 
 def _load() -> tuple[Any, Any]:

@@ -28,6 +28,7 @@ from worker.transfer.ucx_loop import UcxLoop
 
 _RUN_BYTES: Final = 1 << 20
 _WINDOW: Final = 64
+_WINDOW_BYTES: Final = 8 << 20
 """Receives posted ahead: what finds none is copied twice."""
 _IDLE_S: Final = 120.0
 """Long, since a connection costs up to seconds on a loaded machine; shorter than the source's own
@@ -92,10 +93,9 @@ class UcxSinkConnection:
 
     def _may_retry(self, operation: Operation, reason: str) -> bool:
         """A living source closes what is idle: a request that crosses that is sent once more. A
-        dead one refuses the next connection. What the library cancelled is asked for again, too."""
+        dead one refuses the next connection."""
         is_unheard = reason.startswith("closed") and not self._is_answered
-        may = is_unheard or reason.startswith("cancelled")
-        return may and not operation.aborted and operation.retries < _MAX_RETRIES
+        return is_unheard and not operation.aborted and operation.retries < _MAX_RETRIES
 
     def _exchange(self, operation: Operation) -> Iterator[Posted]:
         """Request, reply, blocks, word. Yields what must be done before it goes on."""
@@ -110,11 +110,15 @@ class UcxSinkConnection:
         if num_bytes != operation.num_bytes:
             raise Broken("protocol: another length than asked for")
         posted: deque[Posted] = deque()
+        ahead = 0
         for memory in self._places(operation):
-            if len(posted) == _WINDOW:
+            while posted and (len(posted) == _WINDOW or ahead + len(memory) > _WINDOW_BYTES):
                 yield posted[0]
-                operation.num_bytes_done += posted.popleft().num_bytes
+                part = posted.popleft()
+                ahead -= part.num_bytes
+                operation.num_bytes_done += part.num_bytes
             posted.append(self.stream.receive(memory))
+            ahead += len(memory)
         word = self.stream.receive(bytearray(WORD.size))
         for part in posted:
             yield part
