@@ -57,7 +57,7 @@ _LONGEST: Final = max(cell.length for cell in CELLS)
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What was measured of a cell: medians, in milliseconds for one step or for a batch of prompts."""
+    """What was measured of a cell: medians, in milliseconds for a step or a batch of prompts."""
 
     model: str
     what: str
@@ -231,8 +231,8 @@ def _print(rows: list[Row], args: argparse.Namespace) -> None:
     if not rows:
         return
     print(
-        f"\n{args.dtype}; ms for one decode step or a batch of prompts, median of {args.rounds} rounds; "
-        "ratio: ours to transformers'\n"
+        f"\n{args.dtype}; ms for one decode step or a batch of prompts, "
+        f"median of {args.rounds} rounds; ratio: ours to transformers'\n"
         f"{'model':6} {'what':8} {'batch':>5} {'tokens':>6} {'piece':>5} {'ours':>9} {'theirs':>9} "
         f"{'ratio':>6} {'ours CPU':>9} {'theirs':>9} {'ratio':>6}  {'cache':8}tokens"
     )
