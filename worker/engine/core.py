@@ -195,8 +195,9 @@ class EngineCore:
 
     def _submit(self, job: PrefillJob | DecodeJob, serial: int, now: float) -> None:
         key, outputs = job.key, self._outputs
-        if key in self._known or key in self._lender:
-            outputs.note(key, serial, lambda outlet: None, ends=True)
+        if key in self._known or key in self._lender:  # a repeat that came after `Done`
+            late = EngineError("prefill", "aborted", "the attempt was here before")
+            outputs.note(key, serial, lambda outlet: outlet.failed(key, late), ends=True)
             return
         try:
             if self._broken:

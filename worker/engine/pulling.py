@@ -11,6 +11,7 @@ quarantine, and the router sends the choice elsewhere.
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from protocol.blocks import unpack_ids
 from protocol.errors import LocalError
@@ -304,23 +305,23 @@ class Puller:
         return outcomes
 
     def _post_data(self, pull_id: int, pulling: _Pulling) -> None:
-        def on_end(end: TransferEnd) -> None:
-            self._post(OperationEnded(pull_id, False, end))
-
+        on_end = partial(self._on_end, pull_id, False)
         try:
             pulling.ticket = pulling.transfer.pull(pulling.spec, on_end)
         except Exception as error:  # noqa: BLE001  a handle's offer is the peer's word
             on_end(TransferEnd(ok=False, reason=f"refused: {error}"))
 
     def _post_word(self, pull_id: int, pulling: _Pulling, slot: int) -> None:
-        def on_end(end: TransferEnd) -> None:
-            self._post(OperationEnded(pull_id, True, end))
-
+        on_end = partial(self._on_end, pull_id, True)
         self._scratch.zero(slot)
         try:
             pulling.transfer.read_word(pulling.spec, slot, on_end)
         except Exception as error:  # noqa: BLE001  as above
             on_end(TransferEnd(ok=False, reason=f"refused: {error}"))
+
+    def _on_end(self, pull_id: int, is_word: bool, end: TransferEnd) -> None:
+        """Called in the transport's thread."""
+        self._post(OperationEnded(pull_id, is_word, end))
 
     def _quarantine(self, pulling: _Pulling, blocks: Sequence[int]) -> list[PullOutcome]:
         """Nobody wants the bytes any more: the transport may stop sooner than its source does."""

@@ -17,7 +17,7 @@ from tests.unit.worker.engine_world import (
     prompt_of,
     running,
 )
-from worker.engine.base import DecodeJob
+from worker.engine.base import DecodeJob, PrefillJob
 from worker.engine.simulated import build_simulated
 from worker.engine.stepper import StepperConfig
 from worker.transfer.base import Transfer
@@ -65,6 +65,20 @@ async def test_cancel_of_a_prefilled_attempt_revokes_its_lease() -> None:
         failed = (await d.over(pull)).failed
         assert failed is not None
         assert (failed.leg, failed.code) == ("transfer", "lease_lost")
+
+
+async def test_job_that_comes_again_while_its_blocks_are_lent_ends_at_once() -> None:
+    """The service has forgotten the attempt (`Done`): it waits for a word that must come."""
+    async with running() as w:
+        key = w.prefill(prompt_of(10))
+        await w.over(key)
+        w.recorder.attempts.clear()
+        w.stepper.submit(PrefillJob(key, "choice/0", prompt_of(10), GREEDY))
+        failed = (await w.over(key)).failed
+        assert failed is not None
+        assert (failed.leg, failed.code) == ("prefill", "aborted")
+        assert w.stepper.load().lent_blocks == 3
+        w.stepper.cancel(key)
 
 
 async def test_lease_lives_while_it_is_renewed_and_ends_when_it_is_not() -> None:
