@@ -89,6 +89,7 @@ class Dispatch:
             feed=self.feed,
             post=self._post,
             later=asyncio.get_running_loop().call_later,
+            is_known=self.scheduler.has_worker,
         )
 
     # --- life ---
@@ -316,6 +317,8 @@ class Dispatch:
 
     def _note(self, note: cmd.Note) -> None:
         self._metrics.note(note.kind, note.cause)
+        if note.kind == "removed":
+            self.inbox.forget_unknown()
         if note.kind != "late":
             level = logging.WARNING if note.kind in LOSSES else logging.INFO
             about = "".join(

@@ -5,9 +5,11 @@ ours changes nothing and is answered with a cancel.
 """
 
 import logging
+import sys
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Final, Protocol
 
 from protocol.bus import Message
@@ -119,7 +121,9 @@ class Inbox:
         feed: Callable[[ev.Event], None],
         post: Post,
         later: Callable[[float, Callable[[], None]], object],
+        is_known: Callable[[str, str], bool] = lambda _worker, _incarnation: True,
     ) -> None:
+        """`is_known`: whether that worker process still counts; the others are not numbered."""
         self._attempts = attempts
         self._subjects = subjects
         self._metrics = metrics
@@ -127,6 +131,7 @@ class Inbox:
         self._feed = feed
         self._post = post
         self._later = later
+        self._is_known = is_known
         self._sources: dict[tuple[str, str], _Source] = {}
         self._strays: dict[tuple[str, int], float] = {}
         self._on_client_gone: dict[str, Callable[[], None]] = {}
@@ -172,6 +177,8 @@ class Inbox:
         key = (worker, incarnation)
         source = self._sources.get(key)
         if source is None:
+            if not self._is_known(worker, incarnation):
+                return _Source(seen=sys.maxsize)
             if len(self._sources) >= MAX_SOURCES:
                 del self._sources[next(iter(self._sources))]
             source = self._sources[key] = _Source()
@@ -363,7 +370,7 @@ class Inbox:
             source = self._source(worker, incarnation)
         if last_seq > source.seen and not source.tail:
             source.tail = last_seq
-            self._later(TAIL_S, lambda: self._look_for_tail(source, worker, incarnation))
+            self._later(TAIL_S, partial(self._look_for_tail, source, worker, incarnation))
 
     def _look_for_tail(self, source: _Source, worker: str, incarnation: str) -> None:
         tail, source.tail = source.tail, 0
@@ -373,3 +380,8 @@ class Inbox:
 
     def forget_worker(self, worker: str, incarnation: str) -> None:
         self._sources.pop((worker, incarnation), None)
+
+    def forget_unknown(self) -> None:
+        """Keep the numbers of those worker processes alone that still count."""
+        for gone in [source for source in self._sources if not self._is_known(*source)]:
+            del self._sources[gone]

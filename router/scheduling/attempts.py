@@ -2,7 +2,9 @@
 
 Attempts are charged per choice and forgiven by progress; what is nobody's fault (a refusal, a lost
 message) is free until it repeats too often. Retries of all choices together are a share of what was
-admitted, plus a floor: a dying fleet is not killed by its own second chances.
+admitted, plus a floor: a struggling fleet is not killed by its own second chances. Not counted are
+those after the loss of a worker or of a message: there are never more than it had, and a full batch
+must not wait for a window to pass.
 """
 
 from typing import Final
@@ -19,7 +21,7 @@ _BUCKETS: Final = 10
 class Tries:
     """One choice's account."""
 
-    __slots__ = ("charged", "deaths", "excluded", "free", "mark")
+    __slots__ = ("charged", "deaths", "excluded", "free", "local", "lost_pulls", "mark")
 
     def __init__(self) -> None:
         self.charged = 0
@@ -29,12 +31,17 @@ class Tries:
         """Tokens the stream had at the last reset."""
         self.excluded: set[str] = set()
         """Incarnations that failed this choice."""
+        self.lost_pulls = 0
+        self.local = False
+        """Its KV comes over no wire any more: it is prefilled where it decodes."""
 
     def progressed(self, num_output: int, limits: Limits) -> None:
         """Enough new tokens make the account new; deaths stay."""
         if num_output - self.mark >= limits.progress_tokens:
             self.mark = num_output
             self.charged = self.free = 0
+            self.lost_pulls = 0
+            self.local = False
             self.excluded.clear()
 
     def charge(self, limits: Limits, *, free: bool) -> None:
@@ -88,6 +95,12 @@ class RetryBudget:
     def retried(self, now: float) -> None:
         self._retried[self._turn(now)] += 1
         self._num_retried += 1
+
+    def excused(self, now: float) -> None:
+        """The next retry is no storm's: it was made needful by a worker or a message that is lost,
+        and everybody who lost it at once has it at once."""
+        self._retried[self._turn(now)] -= 1
+        self._num_retried -= 1
 
     def allows(self, now: float) -> bool:
         self._turn(now)

@@ -168,6 +168,7 @@ class FleetEvents:
         elif not worker.stuck and t.bus_now - worker.steps_at >= t.limits.stall_timeout_s:
             worker.stuck = True
             t.out.append(Note("suspected", "no_steps", worker.id))
+            self._move_streams(worker)
         used = report.num_blocks - report.free_blocks
         foreign = max(0, min(used, worker.info.capacity.num_blocks) - worker.blocks)
         if foreign != worker.foreign_blocks:
@@ -175,6 +176,14 @@ class FleetEvents:
                 t.dirty.add(worker.info.model)
             worker.foreign_blocks = foreign
             t.update_seats(worker)
+
+    def _move_streams(self, worker: Worker) -> None:
+        """The process speaks but its engine stands still. It would answer every replay for ever,
+        and no token would come. The other legs are ended by their own deadlines."""
+        t = self._t
+        for attempt in list(worker.attempts.values()):
+            if attempt.phase == "decoding" and t.attempts.get(attempt.id) is attempt:
+                self._mover.move(attempt, "no_steps")
 
     def _on_stray_report(self, worker: Worker, incarnation: str) -> None:
         """A successor that discovery has not told us of, or a ghost. If the one we know is heard

@@ -85,10 +85,13 @@ class Mover:
         tries.progressed(t.view.num_output(choice.id), t.limits)
         if exclude:
             tries.excluded.add(attempt.worker.incarnation)
+        if died or (free and cause != "refused"):
+            t.budget.excused(t.now)
         if died and (attempt.phase == "decoding" or _computes(attempt)):
             tries.deaths += 1
         if blame_handle and choice.lent is not None:
             choice.lent.failures += 1
+            tries.lost_pulls += 1
         leg = LEG_OF[choice.state]
         rewait = keep_handle and attempt.kind == "pull" and self._good_handle(choice)
         resumable = attempt.worker.info.traits.resume != "none"
@@ -102,9 +105,12 @@ class Mover:
 
     def lose_source(self, choice: Choice, cause: str) -> None:
         """The lender died while the handle waited for a decode worker."""
+        t = self._t
         leg = LEG_OF[choice.state]
         lent = choice.lent
         worker = lent.reservation.worker.id if lent is not None else ""
+        if lent is not None and not lent.reservation.worker.live:
+            t.budget.excused(t.now)
         if self._may_go_on(choice, cause, leg, free=False):
             self.requeue(choice, cause, worker=worker, leg=leg)
 
@@ -187,12 +193,16 @@ class Mover:
         t.deadlines.arm(choice.backoff, t.now + pause_s * (0.5 + t.rng.random()))
 
     def unpark(self, choice: Choice) -> None:
-        """The pause is over."""
+        """The pause is over. Whom the wire has failed everywhere does without it."""
         t = self._t
+        tries = choice.tries
         del t.admission.parked[choice.id]
-        choice.tries.excluded.clear()
+        tries.excluded.clear()
+        tries.local = tries.local or tries.lost_pulls >= _MAX_PULL_FAILURES
         t.dirty.add(choice.spec.model)
-        if choice.state == "decode_wait":
+        if choice.state == "decode_wait" and tries.local:
+            self.requeue(choice, "transfer_failed", worker="", leg=LEG_OF[choice.state])
+        elif choice.state == "decode_wait":
             assert choice.group is not None
             choice.group.waiters[choice.id] = choice
         else:

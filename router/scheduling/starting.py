@@ -104,7 +104,7 @@ class Placer:
             want = self._want(choice, group)
             if group.has_place(want.decode_blocks):
                 self._look_up(choice, group, want)
-                found = self._plan(group, want)
+                found = self._plan(group, want, local=choice.tries.local)
                 if found is not None and (best is None or found[0].cost < best[0].cost):
                     best = (*found, group, want)
         if best is not None:
@@ -146,7 +146,7 @@ class Placer:
         if choice.spec.packed_prompt and index.num_pairs:
             want.match = index.match(choice.hashes_for(group))
 
-    def _plan(self, group: Group, want: Want) -> tuple[Pick, Pick | None] | None:
+    def _plan(self, group: Group, want: Want, *, local: bool) -> tuple[Pick, Pick | None] | None:
         """(decode worker, prefill worker or None if the decode worker does it all)."""
         t = self._t
         fleet = t.fleet
@@ -155,7 +155,7 @@ class Placer:
         here = choose_decode(want, found, local=True)
         if here is None:
             return None
-        if here.uncached <= t.limits.local_prefill_tokens:
+        if local or here.uncached <= t.limits.local_prefill_tokens:
             return here, None
         found = candidates(group.prefill, want, fleet.by_slot, t.rng, slots)
         there = choose_prefill(want, found)
@@ -172,10 +172,8 @@ class Placer:
         self._leave_queue(choice)
         if there is None:
             self._start_local(choice, here.worker, here.uncached, want.decode_blocks)
-            disaggregates = here.uncached > t.limits.local_prefill_tokens
-            if disaggregates and group.prefill.all_in(want.excluded):
-                note = Note("local_prefill", "no_prefill_worker", here.worker.id, choice.id)
-                t.out.append(note)
+            if here.uncached > t.limits.local_prefill_tokens:
+                self._note_local(choice, group, here.worker)
             return
         worker = there.worker
         choice.move("start_prefill", t.now, worker.id)
@@ -183,6 +181,12 @@ class Placer:
         attempt = t.open(choice, worker, "prefill", there.uncached, want.prefill_blocks)
         t.siblings.started(choice.spec.siblings, attempt.reservation)
         t.out.append(StartPrefill(attempt.id, choice.id, worker.id, worker.incarnation))
+
+    def _note_local(self, choice: Choice, group: Group, worker: Worker) -> None:
+        """Why the decode worker prefills a long prompt for itself, unless it only costs less."""
+        cause = "transfer_failed" if choice.tries.local else "no_prefill_worker"
+        if choice.tries.local or group.prefill.all_in(choice.tries.excluded):
+            self._t.out.append(Note("local_prefill", cause, worker.id, choice.id))
 
     def _start_local(self, choice: Choice, worker: Worker, tokens: int, blocks: int) -> None:
         t = self._t

@@ -302,6 +302,29 @@ def test_a_client_that_stopped_listening_is_told_once(world: World) -> None:
     assert gone == [5]
 
 
+def test_only_workers_that_still_count_are_numbered(world: World) -> None:
+    known = {("w", "inc"), ("w", "old")}
+    world.inbox = Inbox(
+        world.attempts,
+        subjects=SUBJECTS,
+        metrics=world.metrics,
+        clock=lambda: world.now,
+        feed=world.fed.append,
+        post=world._post,
+        later=lambda _delay, call: world.timers.append(call),
+        is_known=lambda worker, incarnation: (worker, incarnation) in known,
+    )
+    for incarnation in ("inc", "old"):
+        world.say(StepFrame([]), seq=1, incarnation=incarnation)
+    known.remove(("w", "old"))
+    world.inbox.forget_unknown()
+    assert world.inbox.sources() == [("w", "inc")]
+    world.say(StepFrame([]), seq=7, incarnation="old")  # a last word that was on its way
+    world.inbox.reported("w", "old", 9)
+    assert world.inbox.sources() == [("w", "inc")]
+    assert (world.fed, world.timers) == ([], [])
+
+
 def test_nothing_is_remembered_without_a_bound(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -68,6 +68,47 @@ def test_a_source_whose_handle_fails_twice_is_not_trusted_again() -> None:
     assert only(out, cmd.StartPrefill).worker == {"p": "q", "q": "p"}[source]
 
 
+def test_a_choice_whose_pulls_have_failed_everywhere_is_prefilled_where_it_decodes() -> None:
+    """The workers live, so it is served, whatever the wire between them does."""
+    bench = Bench()
+    bench.pd(2)
+    bench.to_transfer()
+    bench.feed(failed(2, "transfer_failed"))
+    assert without_notes(bench.feed(failed(3, "transfer_failed")))[-1] == cmd.ReleaseHandle(
+        "p", "p-1", "h-c/0"
+    )
+    out = bench.pass_time(1.0)
+    start = only(out, cmd.StartDecode)
+    assert (start.attempt, start.handle) == (4, None)
+    assert ("local_prefill", "transfer_failed") in notes(out)
+
+
+def test_a_handle_that_one_decode_worker_cannot_pull_twice_is_given_back() -> None:
+    bench = Bench()
+    bench.pd()
+    start = bench.to_transfer()[1]
+    bench.feed(failed(2, "transfer_failed"))
+    assert only(bench.pass_time(0.5), cmd.StartDecode).handle == start.handle
+    bench.feed(failed(3, "transfer_failed"))
+    assert only(bench.pass_time(1.0), cmd.StartDecode).handle is None
+
+
+def test_a_handle_that_waits_for_workers_that_failed_it_is_not_pulled_again() -> None:
+    """Its choice has lost two pulls before, of another source."""
+    bench = Bench()
+    bench.list_workers(info("q", "prefill"))
+    bench.pd(3)
+    bench.to_transfer()
+    bench.feed(failed(2, "transfer_failed"))
+    again = only(bench.feed(failed(3, "transfer_failed")), cmd.StartPrefill)
+    given = handle(again.worker, "h2")
+    pull = only(bench.feed(ev.Prefilled(again.attempt, given, ended=False)), cmd.StartDecode)
+    bench.feed(failed(pull.attempt, "transfer_failed"))
+    out = bench.pass_time(2.0)
+    assert cmd.ReleaseHandle(again.worker, again.incarnation, "h2") in out
+    assert only(out, cmd.StartDecode).handle is None
+
+
 def test_a_lost_lease_is_never_pulled_again_and_excludes_nobody() -> None:
     bench = Bench()
     bench.pd()
@@ -215,13 +256,49 @@ def test_retries_have_a_budget_and_wait_in_the_queue_ahead_of_new_work() -> None
     for n in range(3):
         bench.feed(submitted(f"c/{n}"))
         bench.feed(ev.Accepted(n + 1))
-    out = bench.feed(failed(1, "unknown_attempt"))
+    out = bench.feed(failed(1, "lease_lost"))
     assert only(out, cmd.StartDecode).choice == "c/0"
     bench.feed(ev.Accepted(4))
-    assert len(bench.feed(failed(2, "unknown_attempt"))) == 2
+    assert len(bench.feed(failed(2, "lease_lost"))) == 2
     assert only(bench.feed(submitted("c/3")), cmd.StartDecode).choice == "c/3"
     bench.feed(ev.Accepted(5))
     bench.feed(submitted("c/4"))
     assert without_notes(bench.pass_time(9)) == []
     bench.feed(ev.Ended(4))
     assert [c.choice for c in bench.pass_time(2) if isinstance(c, cmd.StartDecode)] == ["c/1"]
+
+
+def starts(out: list[cmd.Command]) -> list[str]:
+    return sorted(command.choice for command in out if isinstance(command, cmd.StartDecode))
+
+
+def test_a_full_batch_of_a_lost_worker_starts_again_at_once_whatever_the_budget() -> None:
+    bench = Bench(Limits(retry_floor=1, retry_share=0.0))
+    bench.list_workers(info("a", running=64), info("b", running=64))
+    lost = []
+    for n in range(12):
+        start = only(bench.feed(submitted(f"c/{n}")), cmd.StartDecode)
+        bench.feed(ev.Accepted(start.attempt))
+        bench.feed(ev.DecodingStarted(start.attempt))
+        lost += [start.choice] if start.worker == "a" else []
+    assert len(lost) > 3
+    assert starts(bench.feed(ev.WorkerListed(info("a", incarnation="a-2")))) == sorted(lost)
+
+
+def test_messages_that_the_bus_lost_take_nothing_of_the_budget() -> None:
+    bench = Bench(Limits(retry_floor=1, retry_share=0.0))
+    bench.list_workers(info("a", running=64))
+    for n in range(6):
+        bench.feed(submitted(f"c/{n}"))
+    again = [starts(bench.feed(failed(n + 1, "unknown_attempt"))) for n in range(6)]
+    assert again == [[f"c/{n}"] for n in range(6)]
+
+
+def test_a_worker_that_refuses_takes_from_the_budget() -> None:
+    bench = Bench(Limits(retry_floor=1, retry_share=0.0))
+    bench.list_workers(info("a"))
+    for n in range(3):
+        bench.feed(submitted(f"c/{n}"))
+    for n in range(3):
+        bench.feed(ev.Refused(n + 1, "full"))
+    assert starts(bench.pass_time(1)) == ["c/0"]

@@ -207,6 +207,30 @@ def test_an_engine_that_makes_no_steps_gets_no_new_work() -> None:
     assert bench.scheduler.workers()[0].eligible
 
 
+def test_streams_of_an_engine_that_stands_still_move_though_its_process_answers() -> None:
+    """What it answers is no token: whoever believes it waits for ever."""
+    bench = Bench()
+    bench.pd(2)
+    start = bench.to_decoding()
+    bench.output["c/0"] = 3
+    stands = report(running=1, steps=5)
+    out: list[cmd.Command] = []
+    began = bench.now
+    while not any(isinstance(one, cmd.StartPrefill) for one in out):
+        assert bench.now < began + 12
+        bench.now += 0.5
+        for worker, incarnation in bench.incarnations.items():
+            load = stands if worker == start.worker else report()
+            out += bench.feed(ev.WorkerReported(worker, incarnation, load))
+        due = bench.scheduler.next_deadline()
+        if due is not None and due <= bench.now:
+            out += bench.feed(ev.Ticked())
+        if any(isinstance(one, cmd.AskReplay) for one in out):
+            bench.feed(ev.DecodingStarted(start.attempt))
+    assert ("resume", "no_steps") in notes(out)
+    assert cmd.CancelAttempt(start.attempt, start.worker, start.incarnation) in out
+
+
 def test_a_worker_may_say_something_new_about_itself() -> None:
     bench = Bench()
     bench.list_workers(info("a"))
