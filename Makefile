@@ -10,14 +10,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 
-.PHONY: help up test test-vllm check fmt bench clean
+.PHONY: help up test test-vllm sim check model fmt bench chaos soak clean
 
 help:
 	@echo "make up      start nats-server, etcd, a router, a prefill and a decode worker (ENGINE=torch|simulated PORT=8000)"
 	@echo "make test    run every test"
 	@echo "make test-vllm  two vLLM servers behind Baton (installs vLLM for CPUs, 3.7 GB; about 5 minutes)"
+	@echo "make model   every interleaving of small fleets with faults (STATES=1000000 SCOPE=name MUTANTS=1 for more)"
+	@echo "make sim     whole fleets in virtual time with random faults (SEEDS=10000 FIRST=0 JOBS=2)"
 	@echo "make check   ruff, mypy, import contracts"
 	@echo "make fmt     format the code"
+	@echo "make chaos   break real processes, row by row (TRANSPORT=shm,tcp,nixl,nixl-tcp ROWS=kill/*,etcd JSON=file)"
+	@echo "make soak    mixed traffic with a fault every few seconds, and what grows (MINUTES=10 TRANSPORT=shm)"
 	@echo "make bench   CPU of the router per token and per request, with simulated engines"
 
 # --- environments: each stamp is one layer, so that `make up ENGINE=simulated` needs no torch ---
@@ -79,6 +83,18 @@ $(VLLM)/.done:
 test-vllm: $(VENV)/.dev $(VLLM)/.done
 	BATON_VLLM_PYTHON=$(abspath $(VLLM)/bin/python) $(BIN)/python -m pytest -x tests/vllm
 
+# The real router and worker machines, explored breadth first; about two minutes on one core.
+STATES ?= 20000
+SCOPE ?=
+model: $(VENV)/.dev
+	$(BIN)/python -m tests.model.check --states $(STATES) --scope '$(SCOPE)' $(if $(MUTANTS),--mutants)
+
+SEEDS ?= 300
+FIRST ?= 0
+JOBS ?= 2
+sim: $(VENV)/.base
+	$(BIN)/python -m tests.sim --seeds $(SEEDS) --first $(FIRST) --jobs $(JOBS)
+
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -91,6 +107,15 @@ fmt: $(VENV)/.dev
 
 bench: $(VENV)/.base
 	$(BIN)/baton bench $(BENCH)
+
+TRANSPORT ?= shm
+ROWS ?=
+MINUTES ?= 10
+chaos: $(VENV)/.dev
+	$(BIN)/python -m tests.chaos --transport '$(TRANSPORT)' --rows '$(ROWS)' $(if $(JSON),--json '$(JSON)')
+
+soak: $(VENV)/.dev
+	$(BIN)/python -m tests.chaos.soak --transport '$(TRANSPORT)' --minutes $(MINUTES) $(if $(JSON),--json '$(JSON)')
 
 clean:
 	rm -rf $(VENV) .state build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -104,6 +104,7 @@ class Admin:
         scheduler = self._dispatch.scheduler
         metrics = self._metrics
         metrics.queued.set(scheduler.num_queued)
+        metrics.tasks.set(len(asyncio.all_tasks()))
         counts: dict[tuple[str, str, str], int] = {}
         loads: dict[tuple[str, str, str], float] = {}
         for view in scheduler.workers():

@@ -104,6 +104,7 @@ class RouterMetrics:
         self.slow_clients = Counter(
             "baton_slow_clients", "Streams aborted because the client took nothing.", registry=r
         )
+        self.tasks = Gauge("baton_tasks", "asyncio tasks of the router.", registry=r)
         self.bus_up = Gauge("baton_bus_up", "1 while connected to the bus.", registry=r)
         self.registry_fresh = Gauge(
             "baton_discovery_synced", "1 while the worker list is in step with etcd.", registry=r

@@ -99,6 +99,9 @@ class WorkerConfig(ProcessSettings, frozen=True, kw_only=True, forbid_unknown_fi
         float, about("simulated: transfer pace; 0: as fast as it goes")
     ] = 0.0
     sim_kv_bytes_per_token: Annotated[int, about("simulated: at least 16")] = 64
+    sim_hold: Annotated[
+        str, about("simulated: no step ends while this file exists; for tests, empty: none")
+    ] = ""
 
     def check(self) -> None:
         super().check()

@@ -85,8 +85,6 @@ class Mover:
         tries.progressed(t.view.num_output(choice.id), t.limits)
         if exclude:
             tries.excluded.add(attempt.worker.incarnation)
-        if died or (free and cause != "refused"):
-            t.budget.excused(t.now)
         if died and (attempt.phase == "decoding" or _computes(attempt)):
             tries.deaths += 1
         if blame_handle and choice.lent is not None:
@@ -98,6 +96,8 @@ class Mover:
         t.close(attempt, done=done)
         if not self._may_go_on(choice, cause, leg, free=free):
             return
+        if died or (free and cause != "refused"):
+            t.budget.excused(t.now)
         if rewait and not tries.alone:
             self._rewait(choice, cause, attempt.worker.id)
         else:
@@ -109,9 +109,10 @@ class Mover:
         leg = LEG_OF[choice.state]
         lent = choice.lent
         worker = lent.reservation.worker.id if lent is not None else ""
-        if lent is not None and not lent.reservation.worker.live:
-            t.budget.excused(t.now)
+        died = lent is not None and not lent.reservation.worker.live
         if self._may_go_on(choice, cause, leg, free=False):
+            if died:
+                t.budget.excused(t.now)
             self.requeue(choice, cause, worker=worker, leg=leg)
 
     def _may_go_on(self, choice: Choice, cause: str, leg: EndLeg, *, free: bool) -> bool:

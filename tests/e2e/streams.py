@@ -86,11 +86,13 @@ class Stream(threading.Thread):
         self._port = port or fleet.port
         self.start()
 
+    def headers(self) -> dict[str, str]:
+        return {"content-type": "application/json"}
+
     def run(self) -> None:
         connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=END_S)
         try:
-            headers = {"content-type": "application/json"}
-            connection.request("POST", "/v1/completions", self.ask.body(), headers)
+            connection.request("POST", "/v1/completions", self.ask.body(), self.headers())
             response = connection.getresponse()
             self.status = response.status
             if response.status == 200:

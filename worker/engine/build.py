@@ -66,6 +66,7 @@ def _simulated(config: WorkerConfig) -> SimulatedConfig:
         prefill_tokens_per_s=config.sim_prefill_tokens_per_s,
         step_s=config.sim_step_ms / 1e3,
         step_per_seq_s=config.sim_step_per_sequence_ms / 1e3,
+        hold=config.sim_hold,
     )
 
 

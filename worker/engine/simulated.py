@@ -8,6 +8,7 @@ ids and sampling alone: not on timing, batches, block numbers, or on which worke
 Penalties, biases and the shape of the distribution change nothing; a grammar is obeyed.
 """
 
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +30,7 @@ from worker.transfer.base import Transfer
 
 _DIGEST_BYTES: Final = 16
 _MAX_FOLDS: Final = 4096
+_HOLD_LOOK_S: Final = 0.005
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +53,13 @@ class SimulatedConfig:
     """One token in so many ends the answer; 0: none ever does."""
     num_leases: int = 4096
     num_scratch: int = 256
+    hold: str = ""
+    """While a file of this name exists no step ends, so that a test can find every leg where it
+    wants it; empty: none does."""
 
 
 Wait = Callable[[float], object]
-"""Waits for so many seconds, or less if the engine stops."""
+"""Waits for so many seconds, or less if the engine stops, which it says with something true."""
 
 
 class SimulatedRunner:
@@ -89,6 +94,9 @@ class SimulatedRunner:
         seconds = self._duration(chunks)
         if seconds > 0:
             self._wait(seconds)
+        while self._config.hold and os.path.exists(self._config.hold):
+            if self._wait(_HOLD_LOOK_S):
+                break
         return [self._run(chunk) for chunk in chunks]
 
     def copy_block(self, source: int, target: int) -> None:

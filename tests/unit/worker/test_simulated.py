@@ -1,6 +1,7 @@
 import string
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -151,3 +152,26 @@ def test_too_little_kv_to_chain_is_refused() -> None:
         SimulatedRunner(
             replace(SMALL, kv_bytes_per_token=8), byte_assets(), wait=lambda seconds: None
         )
+
+
+def test_no_step_ends_while_the_file_that_holds_is_there(tmp_path: Path) -> None:
+    hold = tmp_path / "hold"
+    hold.touch()
+    bench = Bench(replace(SMALL, hold=str(hold)))
+    looks = 0
+
+    def wait(_seconds: float) -> bool:
+        nonlocal looks
+        looks += 1
+        if looks == 3:
+            hold.unlink()
+        return False
+
+    bench.runner._wait = wait
+    prompt = prompt_of(5)
+    assert bench.compute([1, 2], prompt, 0, 0) == expected_tokens(prompt, GREEDY, 1, SMALL)[0]
+    assert looks == 3
+    hold.touch()
+    bench.runner._wait = lambda _seconds: True  # the engine stops
+    assert bench.compute([1, 2], [65], 5, 1) is not None
+    bench.arena.close()

@@ -1,0 +1,1 @@
+"""Breaking real processes and looking at what is left: `python -m tests.chaos`."""
