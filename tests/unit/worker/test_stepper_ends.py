@@ -13,7 +13,7 @@ from tests.unit.worker.engine_world import (
     running,
     text_of,
 )
-from worker.engine.base import DecodeJob, PrefillJob
+from worker.engine.base import DecodeJob
 from worker.engine.simulated import expected_tokens
 
 
@@ -111,13 +111,6 @@ async def test_job_that_is_known_is_ignored() -> None:
         for _ in range(3):
             w.stepper.submit(DecodeJob(key, "c/0", prompt_of(10), GREEDY))
         assert len((await w.over(key)).ids) == 24
-        lent = new_key()
-        w.stepper.submit(PrefillJob(lent, "c/0", prompt_of(10), GREEDY))
-        await w.over(lent)
-        w.stepper.submit(PrefillJob(lent, "c/0", prompt_of(10), GREEDY))
-        assert len((await w.over(w.decode(prompt_of(3)))).ids) == 24
-        assert w.stepper.load().lent_blocks == 3
-        w.stepper.cancel(lent)
 
 
 async def test_handle_of_another_prompt_model_or_length_is_refused() -> None:
