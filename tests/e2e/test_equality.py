@@ -234,8 +234,11 @@ def test_prefill_and_decode_on_two_workers_say_the_same(
 
 
 def assert_light(pid: int) -> None:
-    """The router of a torch fleet has the tokenizer, but neither torch nor its weight."""
+    """The router of a torch fleet has the tokenizer, but neither torch nor its weight.
+
+    Its own memory is looked at: how much of its libraries' files counts as resident depends on what
+    the page cache happens to hold (5 MB more were seen after a copy of the environment)."""
     assert "libtorch" not in Path(f"/proc/{pid}/maps").read_text()
     status = Path(f"/proc/{pid}/status").read_text()
-    resident_kb = next(int(x.split()[1]) for x in status.splitlines() if x.startswith("VmRSS:"))
-    assert resident_kb <= 80 * 1024
+    own_kb = next(int(x.split()[1]) for x in status.splitlines() if x.startswith("RssAnon:"))
+    assert own_kb <= 50 * 1024
