@@ -101,6 +101,7 @@ def test_bodies_that_are_no_request(fleet: Fleet, name: str) -> None:
 
 
 SCHEMA_AT = "response_format.json_schema"
+DEEP = json.loads("[" * 99 + "]" * 99)
 
 
 def schema_format(schema: Any) -> dict[str, Any]:
@@ -185,13 +186,8 @@ BAD_FIELDS: list[tuple[str, dict[str, Any], str, str]] = [
     (CHAT, {"response_format": {"type": "json_schema"}}, SCHEMA_AT, "missing_parameter"),
     (CHAT, schema_format(5), f"{SCHEMA_AT}.schema", "invalid_type"),
     (CHAT, schema_format({"enum": ["x" * 70_000]}), f"{SCHEMA_AT}.schema", "invalid_value"),
-    (CHAT, schema_format(json.loads("[" * 99 + "]" * 99)), f"{SCHEMA_AT}.schema", "invalid_type"),
-    (
-        CHAT,
-        schema_format({"not": json.loads("[" * 99 + "]" * 99)}),
-        f"{SCHEMA_AT}.schema",
-        "invalid_value",
-    ),
+    (CHAT, schema_format(DEEP), f"{SCHEMA_AT}.schema", "invalid_type"),
+    (CHAT, schema_format({"not": DEEP}), f"{SCHEMA_AT}.schema", "invalid_value"),
     (CHAT, schema_format({"type": "no such type"}), "response_format", "invalid_request"),
     (CHAT, {"guided_json": "{"}, "guided_json", "invalid_json"),
     (CHAT, {"guided_regex": "a*"}, "guided_regex", UNSUPPORTED),

@@ -1,34 +1,22 @@
 """One thread that serves many non-blocking sockets: a frozen peer costs a socket, not a thread.
 
-Everything but `call` and `stop` belongs to the reactor's own thread. A channel that raises is
-closed with the reason; the others never notice. Knows nothing of what is said on the sockets.
+A channel that raises is closed with the reason; the others never notice. Knows nothing of what is
+said on the sockets.
 """
 
-import heapq
-import itertools
 import logging
 import selectors
 import socket
-import threading
 import time
-from collections import deque
-from collections.abc import Callable
 from typing import Final, Protocol
+
+from worker.transfer.loop_thread import SWEEP_S, LoopThread
+from worker.transfer.loop_thread import Broken as Broken
 
 _logger = logging.getLogger(__name__)
 
 READ: Final = selectors.EVENT_READ
 WRITE: Final = selectors.EVENT_WRITE
-_SWEEP_S: Final = 0.25
-"""Deadlines are looked at this often: coarse, because they only catch silence."""
-
-
-class Broken(Exception):
-    """The peer broke the protocol or went away; the text goes to people and metrics."""
-
-    def __init__(self, reason: str, *, peer_gone: bool = False) -> None:
-        super().__init__(reason)
-        self.peer_gone = peer_gone
 
 
 class Channel(Protocol):
@@ -45,56 +33,16 @@ class Channel(Protocol):
         """The reactor has closed the socket: nothing is read into any buffer from now on."""
 
 
-class Reactor:
-    def __init__(self, name: str) -> None:
-        self._selector = selectors.DefaultSelector()
-        self._channels: dict[Channel, int] = {}
-        """The events each waits for; 0 while it rests."""
-        self._calls: deque[Callable[[], None]] = deque()
-        self._timers: list[tuple[float, int, Callable[[], None]]] = []
-        self._timer_ids = itertools.count()
-        self._swept_at = 0.0
-        self._wake_read, self._wake_write = socket.socketpair()
-        self._wake_read.setblocking(False)
-        self._wake_write.setblocking(False)
-        self._selector.register(self._wake_read, READ, None)
-        self._stopping = False
-        self._at_end: list[Callable[[], None]] = []
-        self._lock = threading.Lock()
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+class Reactor(LoopThread[Channel, int]):
+    """Keeps of each channel the events it waits for; 0 while it rests."""
 
-    def at_end(self, function: Callable[[], None]) -> None:
-        """Run it as the last thing, when all channels are closed; said before `start`."""
-        self._at_end.append(function)
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._wake_read, READ, None)
 
     def start(self) -> None:
         self._thread.start()
-
-    def call(self, function: Callable[[], None]) -> bool:
-        """Run it in the reactor's thread; from any thread, never blocks. False after `stop`."""
-        with self._lock:
-            if self._stopping:
-                return False
-            wake = not self._calls
-            self._calls.append(function)
-        if wake:
-            self._wake()
-        return True
-
-    def stop(self, wait_s: float) -> bool:
-        """Close all channels and end the thread; False if it did not end in time."""
-        with self._lock:
-            self._stopping = True
-        self._wake()
-        self._thread.join(timeout=wait_s)
-        return not self._thread.is_alive()
-
-    @property
-    def is_stopping(self) -> bool:
-        return self._stopping
-
-    def later(self, delay_s: float, function: Callable[[], None]) -> None:
-        heapq.heappush(self._timers, (time.monotonic() + delay_s, next(self._timer_ids), function))
 
     def add(self, channel: Channel, events: int) -> None:
         self._channels[channel] = 0
@@ -157,48 +105,8 @@ class Reactor:
     def _timeout(self) -> float | None:
         if self._calls:
             return 0.0
-        timeout = _SWEEP_S if any(c.deadline is not None for c in self._channels) else None
+        timeout = SWEEP_S if any(c.deadline is not None for c in self._channels) else None
         if self._timers:
             until = max(0.0, self._timers[0][0] - time.monotonic())
             return until if timeout is None else min(timeout, until)
         return timeout
-
-    def _run_calls(self) -> None:
-        while True:
-            with self._lock:
-                if not self._calls:
-                    return
-                function = self._calls.popleft()
-            self._guard(function)
-
-    def _run_timers(self) -> None:
-        while self._timers and self._timers[0][0] <= time.monotonic():
-            self._guard(heapq.heappop(self._timers)[2])
-
-    def _sweep(self) -> None:
-        now = time.monotonic()
-        if now - self._swept_at < _SWEEP_S:
-            return
-        self._swept_at = now
-        for channel in list(self._channels):
-            if channel.deadline is not None and channel.deadline <= now:
-                self.close(channel, "timeout: the peer does not answer", peer_gone=True)
-
-    def _guard(self, function: Callable[[], None]) -> None:
-        try:
-            function()
-        except Exception:
-            _logger.exception("a transfer's reactor call raised")
-
-    def _wake(self) -> None:
-        try:
-            self._wake_write.send(b"\0")
-        except OSError:
-            pass  # full: it wakes anyway; closed: it has ended
-
-    def _drain_wake(self) -> None:
-        try:
-            while self._wake_read.recv(4096):
-                pass
-        except BlockingIOError:
-            pass

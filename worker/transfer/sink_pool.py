@@ -9,9 +9,10 @@ from typing import Final, Generic, Protocol, TypeVar
 
 from protocol.handoff import Offer
 from worker.kv.arena import Arena, ScratchWords
-from worker.transfer.base import PullSpec
-from worker.transfer.operations import Operation, out_of_range, wrong_local
+from worker.transfer.base import OnEnd, PullSpec
+from worker.transfer.operations import LiveCount, Operation, out_of_range, wrong_local
 from worker.transfer.reactor import Broken
+from worker.transfer.tcp_wire import Status
 
 _MAX_IDLE: Final = 64
 
@@ -42,7 +43,7 @@ class Loop(Protocol[C_contra]):
 
 
 class SinkPool(Generic[C]):
-    """One thread's pulls and connections. All methods run in the loop's thread.
+    """One thread's pulls and connections. All methods but `begin` run in the loop's thread.
 
     `connect` begins a connection and raises Broken where that fails at once; `wrong_offer` says why
     an offer is not for this transport, empty if it is.
@@ -71,6 +72,19 @@ class SinkPool(Generic[C]):
         self._active: dict[Operation, C] = {}
         self._active_of: dict[Offer, int] = {}
         self._idle: OrderedDict[C, None] = OrderedDict()
+
+    def begin(
+        self, spec: PullSpec, on_end: OnEnd, live: LiveCount, scratch_slot: int | None
+    ) -> Operation:
+        """A new operation on its way; from any thread."""
+
+        def abort(operation: Operation) -> None:
+            self.loop.call(lambda: self.abort(operation))
+
+        operation = Operation(spec, on_end, live, scratch_slot=scratch_slot, on_abort=abort)
+        if not self.loop.call(lambda: self.submit(operation)):
+            operation.end(False, "stopped: the worker leaves")
+        return operation
 
     def submit(self, operation: Operation) -> None:
         if operation.aborted:
@@ -170,6 +184,16 @@ class SinkPool(Generic[C]):
             self._active_of[offer] = left
         else:
             del self._active_of[offer]
+
+
+def refusal(operation: Operation, status: Status) -> tuple[str, int | None]:
+    """What a source's answer other than OK means: the operation's reason ("" for a word that was
+    read, as zero), and the word."""
+    if status is not Status.LEASE_LOST:
+        return "refused: the source does not have such blocks", None
+    if operation.scratch_slot is not None:
+        return "", 0
+    return "lease_lost: the source does not hold the blocks any more", 0
 
 
 def _encodes(spec: PullSpec) -> bool:

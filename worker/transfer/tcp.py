@@ -109,15 +109,7 @@ class TcpTransfer:
     def _submit(self, spec: PullSpec, on_end: OnEnd, scratch_slot: int | None) -> Operation:
         if self._stopped or not self._reactors:
             raise LocalError("tcp is not running")
-        pool = next(self._turns)
-
-        def abort(operation: Operation) -> None:
-            pool.loop.call(lambda: pool.abort(operation))
-
-        operation = Operation(spec, on_end, self._live, scratch_slot=scratch_slot, on_abort=abort)
-        if not pool.loop.call(lambda: pool.submit(operation)):
-            operation.end(False, "stopped: the worker leaves")
-        return operation
+        return next(self._turns).begin(spec, on_end, self._live, scratch_slot)
 
     def _pool(
         self, reactor: Reactor, arena: Arena, scratch: ScratchWords

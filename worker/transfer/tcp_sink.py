@@ -16,7 +16,7 @@ from protocol.handoff import Offer, TcpOffer
 from worker.transfer.base import PullSpec
 from worker.transfer.operations import Operation, runs
 from worker.transfer.reactor import READ, WRITE, Broken, Reactor
-from worker.transfer.sink_pool import SinkPool
+from worker.transfer.sink_pool import SinkPool, refusal
 from worker.transfer.tcp_wire import (
     MAX_PARTS,
     REPLY_BYTES,
@@ -147,7 +147,7 @@ class SinkConnection:
         if self._received > REPLY_BYTES:
             raise Broken("protocol: data after a refusal")
         self._parts.clear()
-        self._refused(operation, status)
+        self._end(operation, *refusal(operation, status))
         return False
 
     def _refill(self) -> None:
@@ -164,14 +164,6 @@ class SinkConnection:
         if self._is_word_due:
             self._is_word_due = False
             self._parts.append(memoryview(self._word))
-
-    def _refused(self, operation: Operation, status: Status) -> None:
-        if status is not Status.LEASE_LOST:
-            self._end(operation, "refused: the source does not have such blocks", None)
-        elif operation.scratch_slot is not None:
-            self._end(operation, "", 0)
-        else:
-            self._end(operation, "lease_lost: the source does not hold the blocks any more", 0)
 
     def _end(self, operation: Operation, reason: str, word: int | None) -> None:
         """The exchange is complete; the connection is clean and waits for the next."""

@@ -126,14 +126,7 @@ class UcxTransfer:
         loop, pool = self._loop, self._pool
         if loop is None or pool is None or loop.is_stopping:
             raise LocalError("ucx is not running")
-
-        def abort(operation: Operation) -> None:
-            loop.call(lambda: pool.abort(operation))
-
-        operation = Operation(spec, on_end, self._live, scratch_slot=scratch_slot, on_abort=abort)
-        if not loop.call(lambda: pool.submit(operation)):
-            operation.end(False, "stopped: the worker leaves")
-        return operation
+        return pool.begin(spec, on_end, self._live, scratch_slot)
 
 
 def _wrong_offer(offer: Offer) -> str:

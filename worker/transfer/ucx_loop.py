@@ -1,30 +1,24 @@
 """One thread that owns a UCX worker and serves its endpoints: it sleeps while nothing happens.
 
-Everything but `call`, `start` and `stop` belongs to the thread. A channel that raises is closed
-with the reason; the others never notice. Knows nothing of what is said on the endpoints.
+A channel that raises is closed with the reason; the others never notice. Knows nothing of what is
+said on the endpoints.
 """
 
-import heapq
-import itertools
 import logging
 import select
-import socket
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from typing import Final, Protocol
 
 from protocol.errors import ConfigError
-from worker.transfer.reactor import Broken
+from worker.transfer.loop_thread import SWEEP_S, Broken, LoopThread
 from worker.transfer.ucx_library import Library, Stream
 
 _logger = logging.getLogger(__name__)
 
 _TURNS: Final = 64
 """Steps of progress before the channels look at what has come: bounds what a flood can pile up."""
-_SWEEP_S: Final = 0.25
-"""Deadlines are looked at this often: coarse, because they only catch silence."""
 _NAP_S: Final = 1.0
 """The longest sleep: the library does not promise an event for everything."""
 
@@ -43,41 +37,23 @@ class UcxChannel(Protocol):
         """The endpoint is closed and all that was posted is terminal: nothing lands any more."""
 
 
-class UcxLoop:
-    """`device` is the only network device used, "" for all."""
+class UcxLoop(LoopThread[UcxChannel, None]):
+    """`device` is the only network device used, "" for all. What is said `at_end` runs before the
+    library goes."""
 
     def __init__(self, name: str, device: str) -> None:
+        super().__init__(name)
         self._device = device
-        self._channels: dict[UcxChannel, None] = {}
         self._closing: list[tuple[UcxChannel, str, bool]] = []
-        self._calls: deque[Callable[[], None]] = deque()
-        self._timers: list[tuple[float, int, Callable[[], None]]] = []
-        self._timer_ids = itertools.count()
-        self._swept_at = 0.0
         self._again = False
-        self._stopping = False
-        self._at_end: list[Callable[[], None]] = []
-        self._lock = threading.Lock()
-        self._wake_read, self._wake_write = socket.socketpair()
-        self._wake_read.setblocking(False)
-        self._wake_write.setblocking(False)
         self._opened = threading.Event()
         self._failure: ConfigError | None = None
         self._library: Library | None = None
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     @property
     def library(self) -> Library:
         assert self._library is not None, "the loop has not started"
         return self._library
-
-    @property
-    def is_stopping(self) -> bool:
-        return self._stopping
-
-    def at_end(self, function: Callable[[], None]) -> None:
-        """Run it when all channels are closed, before the library goes."""
-        self._at_end.append(function)
 
     def start(self, first: Callable[[], None]) -> None:
         """Load the library, then run `first`, in the thread; waits for both. Raises ConfigError,
@@ -88,29 +64,6 @@ class UcxLoop:
         if self._failure is not None:
             self._thread.join()
             raise self._failure
-
-    def call(self, function: Callable[[], None]) -> bool:
-        """Run it in the loop's thread; from any thread, never blocks. False after `stop`."""
-        with self._lock:
-            if self._stopping:
-                return False
-            wake = not self._calls
-            self._calls.append(function)
-        if wake:
-            self._wake()
-        return True
-
-    def stop(self, wait_s: float) -> bool:
-        """Close all channels and end the thread; False if it did not end in time."""
-        with self._lock:
-            self._stopping = True
-        self._wake()
-        if self._thread.ident is not None:
-            self._thread.join(timeout=wait_s)
-        return not self._thread.is_alive()
-
-    def later(self, delay_s: float, function: Callable[[], None]) -> None:
-        heapq.heappush(self._timers, (time.monotonic() + delay_s, next(self._timer_ids), function))
 
     def add(self, channel: UcxChannel) -> None:
         self._channels[channel] = None
@@ -160,11 +113,11 @@ class UcxLoop:
         poll.register(self._wake_read, select.POLLIN)
         while not self._stopping:
             self._again = self._progress(library)
-            self._run_calls()
+            self._again |= self._run_calls()
             for channel in list(self._channels):
                 self._try(channel)
             self._tell_closed()
-            self._run_timers()
+            self._again |= self._run_timers()
             self._sweep()
             if not self._again and worker.arm():
                 poll.poll(self._timeout_s() * 1000)
@@ -219,49 +172,7 @@ class UcxLoop:
         if self._calls:
             return 0.0
         has_deadline = any(c.deadline is not None for c in self._channels) or self._closing
-        timeout_s = _SWEEP_S if has_deadline else _NAP_S
+        timeout_s = SWEEP_S if has_deadline else _NAP_S
         if self._timers:
             timeout_s = min(timeout_s, max(0.0, self._timers[0][0] - time.monotonic()))
         return timeout_s
-
-    def _run_calls(self) -> None:
-        while True:
-            with self._lock:
-                if not self._calls:
-                    return
-                function = self._calls.popleft()
-            self._again = True
-            self._guard(function)
-
-    def _run_timers(self) -> None:
-        while self._timers and self._timers[0][0] <= time.monotonic():
-            self._again = True
-            self._guard(heapq.heappop(self._timers)[2])
-
-    def _sweep(self) -> None:
-        now = time.monotonic()
-        if now - self._swept_at < _SWEEP_S:
-            return
-        self._swept_at = now
-        for channel in list(self._channels):
-            if channel.deadline is not None and channel.deadline <= now:
-                self.close(channel, "timeout: the peer does not answer", peer_gone=True)
-
-    def _guard(self, function: Callable[[], None]) -> None:
-        try:
-            function()
-        except Exception:
-            _logger.exception("a call of the ucx thread raised")
-
-    def _wake(self) -> None:
-        try:
-            self._wake_write.send(b"\0")
-        except OSError:
-            pass  # full: it wakes anyway; closed: it has ended
-
-    def _drain_wake(self) -> None:
-        try:
-            while self._wake_read.recv(4096):
-                pass
-        except BlockingIOError:
-            pass

@@ -14,7 +14,7 @@ from typing import Final
 from protocol.handoff import FabricOffer, Offer
 from worker.transfer.operations import Operation, runs
 from worker.transfer.reactor import Broken
-from worker.transfer.sink_pool import SinkPool
+from worker.transfer.sink_pool import SinkPool, refusal
 from worker.transfer.tcp_wire import (
     REPLY_BYTES,
     WORD,
@@ -105,7 +105,7 @@ class UcxSinkConnection:
         self._is_answered = True
         status, num_bytes = decode_reply(self._reply.buffer)
         if status is not Status.OK:
-            self._refused(operation, status)
+            self._end(operation, *refusal(operation, status))
             return
         if num_bytes != operation.num_bytes:
             raise Broken("protocol: another length than asked for")
@@ -133,14 +133,6 @@ class UcxSinkConnection:
         size = arena.block_bytes
         for _, start, count in runs(local, local, max(1, _RUN_BYTES // size)):
             yield arena.memory[start * size : (start + count) * size]
-
-    def _refused(self, operation: Operation, status: Status) -> None:
-        if status is not Status.LEASE_LOST:
-            self._end(operation, "refused: the source does not have such blocks", None)
-        elif operation.scratch_slot is not None:
-            self._end(operation, "", 0)
-        else:
-            self._end(operation, "lease_lost: the source does not hold the blocks any more", 0)
 
     def _end(self, operation: Operation, reason: str, word: int | None) -> None:
         """The exchange is complete; the connection is clean and waits for the next."""

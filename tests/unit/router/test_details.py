@@ -20,6 +20,7 @@ from router.echo import Echo, echo_of
 from router.logprobs import TokenNames
 from router.requests import Prepared
 from router.sinks import DetailedCollectSink, DetailedStreamSink, collect_sink, stream_sink
+from tests.unit.router.said import Said
 from text.assets import byte_assets
 from text.tokenizer import Tokenizer
 
@@ -33,24 +34,6 @@ def likely(ids: Sequence[int]) -> list[TokenLogprob]:
 
 def of_prompt(ids: Sequence[int]) -> list[TokenLogprob | None]:
     return [None, *likely(ids[1:])]
-
-
-class Said:
-    """A `ChunkWriter` that keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.chunks: list[dict[str, Any]] = []
-        self.ends: list[ClientError | None] = []
-
-    def write(self, chunk: bytes) -> None:
-        assert not self.ends
-        self.chunks.append(json.loads(chunk))
-
-    def fail(self, error: ClientError) -> None:
-        self.ends.append(error)
-
-    def finish(self) -> None:
-        self.ends.append(None)
 
 
 class Asked:

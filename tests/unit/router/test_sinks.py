@@ -1,5 +1,4 @@
 import json
-from typing import Any
 
 import pytest
 
@@ -11,26 +10,9 @@ from protocol.sampling import Sampling
 from router.answers import Answer
 from router.choices import Choice, ChoiceSpec
 from router.sinks import CollectSink, JoinedSink, StreamSink
+from tests.unit.router.said import Said
 
 ERROR = ClientError(502, "broken", code="worker_failed")
-
-
-class Said:
-    """A `ChunkWriter` that keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.chunks: list[dict[str, Any]] = []
-        self.ends: list[ClientError | None] = []
-
-    def write(self, chunk: bytes) -> None:
-        assert not self.ends
-        self.chunks.append(json.loads(chunk))
-
-    def fail(self, error: ClientError) -> None:
-        self.ends.append(error)
-
-    def finish(self) -> None:
-        self.ends.append(None)
 
 
 class Request:
