@@ -7,6 +7,7 @@ those after the loss of a worker or of a message: there are never more than it h
 must not wait for a window to pass.
 """
 
+from collections.abc import Sequence
 from typing import Final
 
 from router.scheduling.limits import Limits
@@ -14,19 +15,31 @@ from router.scheduling.limits import Limits
 FREE_SHARE: Final = 4
 """Free moves per charged attempt that a choice has before they are charged too."""
 DEATHS_ALONE: Final = 2
-"""After so many process deaths under it a choice runs alone."""
+"""After so many process deaths under it a choice runs alone, and one more convicts it."""
+DEATHS_IN_COMPANY: Final = 3
+"""Who was harmless alone may have been unlucky in company once more, not twice."""
 _BUCKETS: Final = 10
 
 
 class Tries:
     """One choice's account."""
 
-    __slots__ = ("charged", "deaths", "excluded", "free", "local", "lost_pulls", "mark")
+    __slots__ = (
+        "begun_at", "charged", "deaths", "excluded", "free", "killer", "local", "lost_pulls",
+        "mark", "tokens_under_deaths",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.charged = 0
         self.free = 0
-        self.deaths = 0
+        self.deaths: list[str] = []
+        """Incarnations that died while they computed it."""
+        self.killer = False
+        """It did that to them."""
+        self.begun_at = 0
+        """Tokens the stream had when its last attempt began."""
+        self.tokens_under_deaths = 0
+        """Tokens it got out of those that died."""
         self.mark = 0
         """Tokens the stream had at the last reset."""
         self.excluded: set[str] = set()
@@ -53,13 +66,23 @@ class Tries:
     def exhausted(self, limits: Limits) -> bool:
         return self.charged >= limits.max_attempts
 
-    @property
-    def alone(self) -> bool:
-        return self.deaths >= DEATHS_ALONE
+    def died(self, incarnation: str, num_output: int, *, alone: bool) -> None:
+        """A process is gone that computed this choice, as the only suspect if `alone`."""
+        self.deaths.append(incarnation)
+        allowed = DEATHS_ALONE if alone else DEATHS_IN_COMPANY
+        self.killer = len(self.deaths) > allowed
+        self.tokens_under_deaths += num_output - self.begun_at
+
+    def absolve(self, deaths: Sequence[str]) -> bool:
+        """Another choice has caused these. True if any of them was held against this one."""
+        left = [incarnation for incarnation in self.deaths if incarnation not in deaths]
+        changed = len(left) != len(self.deaths)
+        self.deaths = left
+        return changed
 
     @property
-    def killer(self) -> bool:
-        return self.deaths > DEATHS_ALONE
+    def alone(self) -> bool:
+        return len(self.deaths) >= DEATHS_ALONE
 
 
 class RetryBudget:

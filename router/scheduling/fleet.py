@@ -56,12 +56,12 @@ class Worker:
     """One incarnation of one worker, as this router sees it."""
 
     __slots__ = (
-        "accept_misses", "attempts", "blocks", "claim", "dead", "draining", "expired",
-        "foreign_blocks", "grace", "group", "handles", "id", "incarnation", "info", "leaving",
-        "listed", "live", "past", "prefills", "reask", "refused", "refused_timer", "renew",
-        "report", "reservations", "running", "seats", "silence", "slot", "snapshot_asked",
-        "steps_at", "stray", "stuck", "suspect_level", "suspect_timer", "suspected",
-        "suspected_at", "tokens", "unreachable_at",
+        "accept_misses", "attempts", "blocks", "claim", "claim_is_due", "claim_timer", "dead",
+        "draining", "expired", "foreign_blocks", "grace", "group", "handles", "id", "incarnation",
+        "info", "leaving", "listed", "live", "past", "prefills", "reask", "refused",
+        "refused_timer", "renew", "report", "reservations", "running", "seats", "silence", "slot",
+        "snapshot_asked", "steps_at", "stray", "stuck", "suspect_level", "suspect_timer",
+        "suspected", "suspected_at", "tokens", "unreachable_at",
     )  # fmt: skip
 
     def __init__(self, info: WorkerInfo, group: Group, slot: int) -> None:
@@ -93,6 +93,9 @@ class Worker:
         """Blocks that others than us use, by its last report."""
         self.claim = ""
         """The choice that wants this worker for itself."""
+        self.claim_is_due = False
+        """It has waited long enough for the worker to run empty."""
+        self.claim_timer = Timer("claim", self)
         self.past: deque[str] = deque(maxlen=_MAX_PAST)
         """Dead incarnations of the same name."""
         self.stray = ""

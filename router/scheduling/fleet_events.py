@@ -97,7 +97,7 @@ class FleetEvents:
         self._evacuate(worker, cause, died=died)
         for timer in (
             worker.silence, worker.grace, worker.suspect_timer, worker.refused_timer,
-            worker.reask, worker.renew,
+            worker.reask, worker.renew, worker.claim_timer,
         ):  # fmt: skip
             t.bus_deadlines.disarm(timer)
         t.fleet.remove(worker, t.now)

@@ -9,6 +9,7 @@ driver continues from what was sent. It starts nothing; what goes back is picked
 from typing import Final
 
 from protocol.errors import Outcome
+from router.scheduling.alone import Suspects
 from router.scheduling.commands import EndChoice, EndLeg, Note
 from router.scheduling.deadlines import Timer
 from router.scheduling.lifecycle import LEG_OF, Attempt, Choice
@@ -18,12 +19,13 @@ _MAX_PULL_FAILURES: Final = 2
 """So many decode workers may fail on one handle before its source is blamed."""
 _PAUSE_S: Final = 0.1
 _MAX_PAUSE_S: Final = 2.0
-_KILLER: Final = "workers died under this request, also under it alone"
+_KILLER: Final = "workers died under this request, again and again"
 
 
 class Mover:
-    def __init__(self, tables: Tables) -> None:
+    def __init__(self, tables: Tables, suspects: Suspects) -> None:
         self._t = tables
+        self._suspects = suspects
 
     def end(
         self,
@@ -78,6 +80,7 @@ class Mover:
         process did. `blame_handle`: the pull failed, which may be the source's fault."""
         t = self._t
         choice = attempt.choice
+        attempt.trace.cause = cause
         if attempt is choice.prefill and choice.state == "decoding":
             t.close(attempt, done=done)  # the decode leg needs nothing of it any more
             return
@@ -86,7 +89,8 @@ class Mover:
         if exclude:
             tries.excluded.add(attempt.worker.incarnation)
         if died and (attempt.phase == "decoding" or _computes(attempt)):
-            tries.deaths += 1
+            output = t.view.num_output(choice.id)
+            tries.died(attempt.worker.incarnation, output, alone=choice.id in t.claims)
         if blame_handle and choice.lent is not None:
             choice.lent.failures += 1
             tries.lost_pulls += 1
@@ -122,6 +126,7 @@ class Mover:
         tries.charge(t.limits, free=free)
         if tries.killer:
             self.end(choice, "failed", "worker_killer", leg=leg, message=_KILLER)
+            self._suspects.convict(choice)
         elif tries.exhausted(t.limits):
             message = f"gave up after {tries.charged} attempts, the last one: {cause}"
             self.end(choice, "failed", "attempts_exhausted", leg=leg, message=message)

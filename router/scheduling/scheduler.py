@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from protocol.errors import LocalError
+from router.scheduling.alone import Suspects
 from router.scheduling.attempt_events import AttemptEvents
 from router.scheduling.commands import Command, EndChoice
 from router.scheduling.deadlines import Timer
@@ -38,12 +39,12 @@ from router.scheduling.events import (
 )
 from router.scheduling.fleet import Model, ModelView, WorkerView
 from router.scheduling.fleet_events import FleetEvents
-from router.scheduling.lifecycle import Choice, Story
+from router.scheduling.lifecycle import Choice
 from router.scheduling.limits import Limits
 from router.scheduling.moving import Mover
 from router.scheduling.policy import Rng
 from router.scheduling.starting import Placer
-from router.scheduling.tables import StreamView, Tables
+from router.scheduling.tables import Past, StreamView, Tables
 
 MAX_TIMERS: Final = 256
 """Deadlines served in one tick; the rest is due at once."""
@@ -55,11 +56,12 @@ class Scheduler:
 
     def __init__(self, limits: Limits, view: StreamView, rng: Rng, first_attempt: int = 1) -> None:
         t = self._t = Tables(limits, view, rng, first_attempt)
-        self._mover = Mover(t)
-        self._placer = Placer(t, self._mover)
-        self._listen(AttemptEvents(t, self._mover), FleetEvents(t, self._mover))
+        suspects = Suspects(t)
+        self._mover = Mover(t, suspects)
+        self._placer = Placer(t, self._mover, suspects)
+        self._listen(AttemptEvents(t, self._mover), FleetEvents(t, self._mover), suspects)
 
-    def _listen(self, attempts: AttemptEvents, fleet: FleetEvents) -> None:
+    def _listen(self, attempts: AttemptEvents, fleet: FleetEvents, suspects: Suspects) -> None:
         """Who takes which event, and which deadline."""
         self._handlers: dict[type[Any], Callable[[Any], None]] = {
             Submitted: self._on_submitted,
@@ -94,6 +96,7 @@ class Scheduler:
             "wait": self._on_wait_due,
             "backoff": self._mover.unpark,
             "request": self._on_request_due,
+            "claim": suspects.on_claim_due,
             "drain": lambda _owner: self._t.dirty.update(self._t.fleet.models),
         }
 
@@ -165,7 +168,7 @@ class Scheduler:
 
     def _reject(self, event: Submitted, code: str, retry_after_s: int | None) -> None:
         t = self._t
-        t.keep_story(event.choice, Story([(t.now, "rejected", code)]))
+        t.keep_story(event.choice, Past([(t.now, "rejected", code)], ()))
         message = _MESSAGES[code].format(event.model)
         t.out.append(EndChoice(event.choice, "rejected", "queue", code, message, retry_after_s))
 
@@ -250,8 +253,12 @@ class Scheduler:
 
     def story(self, choice: str) -> list[tuple[float, str]]:
         """What happened to a choice that lives or has ended not long ago; empty if unknown."""
-        story = self._t.story(choice)
+        story = self._t.past(choice).story
         return [(at, f"{what} {detail}".rstrip()) for at, what, detail in story]
+
+    def past(self, choice: str) -> Past:
+        """The same with its attempts, for whoever shows it; not to be changed."""
+        return self._t.past(choice)
 
     def validate(self) -> None:
         """Raises LocalError unless loads, queues, states and timers all agree."""

@@ -9,6 +9,7 @@ from itertools import islice
 from typing import Final, Literal
 
 from router.scheduling.admission import Lane
+from router.scheduling.alone import Suspects
 from router.scheduling.commands import Note, StartDecode, StartPrefill
 from router.scheduling.deadlines import Timer
 from router.scheduling.fleet import Model, Worker
@@ -27,16 +28,16 @@ from router.scheduling.prefix_index import Match
 from router.scheduling.tables import Tables
 
 MAX_STARTS: Final = 32
-_CLAIM_SHARE: Final = 4
 _NO_MATCH: Final[Match] = []
 
 Placed = Literal["started", "waits", "parked"]
 
 
 class Placer:
-    def __init__(self, tables: Tables, mover: Mover) -> None:
+    def __init__(self, tables: Tables, mover: Mover, suspects: Suspects) -> None:
         self._t = tables
         self._mover = mover
+        self._suspects = suspects
         self._left = 0
         self._budget_timer = Timer("drain", None)
 
@@ -73,9 +74,12 @@ class Placer:
                 self._pull(choice, group)
 
     def _serve_lonely(self, name: str, model: Model) -> None:
-        for choice in list(islice(self._t.admission.lonely.values(), MAX_STARTS)):
-            if choice.spec.model == name and self._left > 0:
-                self._place_alone(choice, model)
+        """Two processes died under each: a worker of its own."""
+        for choice, worker in self._suspects.ready(name, model):
+            want = self._want(choice, worker.group)
+            self._leave_queue(choice)
+            self._start_local(choice, worker, want.tokens, want.decode_blocks)
+            self._suspects.started(worker)
 
     def _serve_lane(self, lane: Lane) -> None:
         t = self._t
@@ -233,46 +237,3 @@ class Placer:
         choice.move("start_pull", t.now, worker.id)
         attempt = t.open(choice, worker, "pull", 0, lent.decode_blocks)
         t.out.append(StartDecode(attempt.id, choice.id, worker.id, worker.incarnation, lent.handle))
-
-    # -- alone
-
-    def _place_alone(self, choice: Choice, model: Model) -> None:
-        """Two processes died under it: it gets a worker of its own, once that has run empty."""
-        t = self._t
-        worker = t.claims.get(choice.id)
-        if worker is None or not worker.seats:
-            t.unclaim(choice)
-            worker = self._quietest(choice, model)
-            if worker is None or self._too_many_claims(model):
-                return
-            t.claim(choice, worker)
-        if worker.reservations:
-            return
-        want = self._want(choice, worker.group)
-        self._leave_queue(choice)
-        self._start_local(choice, worker, want.tokens, want.decode_blocks)
-
-    def _too_many_claims(self, model: Model) -> bool:
-        """A dying fleet is not stopped altogether: a quarter of it at most runs single choices."""
-        workers = sum(len(group.decode.order) for group in model.groups.values())
-        groups = model.groups.values()
-        claimed = sum(worker.group in groups for worker in self._t.claims.values())
-        return claimed >= max(1, workers // _CLAIM_SHARE)
-
-    def _quietest(self, choice: Choice, model: Model) -> Worker | None:
-        """A look at every decode worker: rare enough."""
-        digest = choice.spec.model_digest
-        fitting = [
-            seat.worker
-            for group in model.groups.values()
-            if digest in ("", group.digest)
-            for seat in group.decode.order
-            if not seat.worker.claim
-            and choice.spec.num_prompt_tokens < seat.worker.info.capacity.max_context
-        ]
-        excluded = choice.tries.excluded
-        return min(
-            fitting,
-            key=lambda w: (w.incarnation in excluded, len(w.reservations), w.id),
-            default=None,
-        )

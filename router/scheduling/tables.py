@@ -9,7 +9,8 @@ and `CancelAttempt` if not; a handle is held once and let go once. This file dec
 """
 
 from collections import OrderedDict
-from typing import Final, Protocol
+from collections.abc import Collection
+from typing import Final, NamedTuple, Protocol
 
 from protocol.errors import LocalError
 from protocol.handoff import KvHandle
@@ -25,7 +26,7 @@ from router.scheduling.commands import (
 )
 from router.scheduling.deadlines import Deadlines, Timer
 from router.scheduling.fleet import Fleet, Reservation, ReservationKind, Worker
-from router.scheduling.lifecycle import Attempt, AttemptKind, Choice, Lent, Story
+from router.scheduling.lifecycle import Attempt, AttemptKind, Choice, LegTrace, Lent
 from router.scheduling.limits import Limits
 from router.scheduling.policy import Rng
 from router.scheduling.pools import Group
@@ -42,6 +43,16 @@ _KIND_OF: Final[dict[AttemptKind, ReservationKind]] = {
     "pull": "decode",
     "local": "local",
 }
+
+
+class Past(NamedTuple):
+    """What people are told of a choice: the lines of its life, and its attempts."""
+
+    story: Collection[tuple[float, str, str]]
+    legs: Collection[LegTrace]
+
+
+NO_PAST: Final = Past((), ())
 
 
 class StreamView(Protocol):
@@ -84,7 +95,7 @@ class Tables:
         """Models for which something may have become possible."""
         self.out: list[Command] = []
         self._next_attempt = first_attempt
-        self._ended: OrderedDict[str, Story] = OrderedDict()
+        self._ended: OrderedDict[str, Past] = OrderedDict()
 
     def set_time(self, now: float) -> None:
         self.now = now
@@ -107,8 +118,10 @@ class Tables:
         blocks = min(blocks, worker.info.capacity.num_blocks)
         reservation = Reservation(number, worker, _KIND_OF[kind], tokens, blocks)
         self.fleet.charge(reservation)
-        attempt = Attempt(number, choice, kind, reservation, self.bus_now)
+        attempt = Attempt(number, choice, kind, reservation, self.bus_now, self.now)
         self.attempts[number] = worker.attempts[number] = attempt
+        if choice.retrying:
+            choice.tries.begun_at = self.view.num_output(choice.id)
         if kind == "prefill":
             choice.prefill = attempt
         else:
@@ -127,6 +140,8 @@ class Tables:
             choice.prefill = None
         else:
             choice.decode = None
+        attempt.trace.ended_at = self.now
+        attempt.trace.answered = done
         reservation = attempt.reservation
         if choice.lent is not None and choice.lent.reservation is reservation:
             self.fleet.relieve(reservation)
@@ -231,6 +246,8 @@ class Tables:
         worker = self.claims.pop(choice.id, None)
         if worker is not None:
             worker.claim = ""
+            worker.claim_is_due = False
+            self.bus_deadlines.disarm(worker.claim_timer)
             self.update_seats(worker)
             self.dirty.add(worker.info.model)
 
@@ -244,16 +261,18 @@ class Tables:
         """The choice has ended; only its story stays, for a while."""
         del self.choices[choice.id]
         self.siblings.leave(choice.spec.siblings)
-        self.keep_story(choice.id, choice.story)
+        self.keep_story(choice.id, Past(choice.story, choice.legs))
 
-    def keep_story(self, choice: str, story: Story) -> None:
-        self._ended[choice] = story
+    def keep_story(self, choice: str, past: Past) -> None:
+        self._ended[choice] = past
         if len(self._ended) > _MAX_ENDED:
             self._ended.popitem(last=False)
 
-    def story(self, choice: str) -> Story:
+    def past(self, choice: str) -> Past:
         living = self.choices.get(choice)
-        return living.story if living is not None else self._ended.get(choice, Story())
+        if living is not None:
+            return Past(living.story, living.legs)
+        return self._ended.get(choice, NO_PAST)
 
     # -- checks
 
