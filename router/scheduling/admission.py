@@ -7,21 +7,51 @@ prompt is never overtaken for ever by short ones. It knows no workers and starts
 
 from collections import OrderedDict
 from collections.abc import Iterator
+from typing import Final
 
 from protocol.errors import LocalError
 from router.scheduling.lifecycle import Choice
 
-LaneKey = tuple[str, str]
+_BUCKET_S: Final = 5.0
+_MIN_STARTS: Final = 16
+_MIN_S: Final = 2.0
 
 
 class Lane:
-    """Choices of one model and digest, the oldest first."""
+    """Choices of one model and digest, the oldest first. It lives while somebody stands in it, so
+    its pace is that of a fleet that is full; its time is the bus's, which an outage stops."""
 
-    __slots__ = ("fresh", "retries")
+    __slots__ = ("_before", "_bucket_at", "_now", "_since", "fresh", "retries")
 
-    def __init__(self) -> None:
+    def __init__(self, now: float) -> None:
         self.retries: OrderedDict[str, Choice] = OrderedDict()
         self.fresh: OrderedDict[str, Choice] = OrderedDict()
+        self._since = self._bucket_at = now
+        self._before = self._now = 0
+
+    def __len__(self) -> int:
+        return len(self.retries) + len(self.fresh)
+
+    def started(self, now: float) -> None:
+        """One of it was given to a worker."""
+        self._turn(now)
+        self._now += 1
+
+    def wait_s(self, now: float) -> float:
+        """How long the whole of it takes to be served at its pace; 0 while nothing is known: so
+        few starts, or so short a time, say nothing."""
+        self._turn(now)
+        starts = self._before + self._now
+        elapsed = now - self._since
+        if starts < _MIN_STARTS or elapsed < _MIN_S:
+            return 0.0
+        return len(self) * elapsed / starts
+
+    def _turn(self, now: float) -> None:
+        """What is older than two buckets is forgotten; a bucket is as long as it must be."""
+        if self._now >= _MIN_STARTS and now - self._bucket_at >= _BUCKET_S:
+            self._since, self._before = self._bucket_at, self._now
+            self._bucket_at, self._now = now, 0
 
 
 class Admission:
@@ -37,7 +67,7 @@ class Admission:
         self.num_queued = 0
         """In lanes and lonely."""
 
-    def add(self, choice: Choice) -> None:
+    def add(self, choice: Choice, now: float) -> None:
         """To the end of where it belongs."""
         if choice.tries.alone:
             self.lonely[choice.id] = choice
@@ -46,7 +76,7 @@ class Admission:
             lanes = self._lanes.setdefault(spec.model, {})
             lane = lanes.get(spec.model_digest)
             if lane is None:
-                lane = lanes[spec.model_digest] = Lane()
+                lane = lanes[spec.model_digest] = Lane(now)
             (lane.retries if choice.retrying else lane.fresh)[choice.id] = choice
         self.num_queued += 1
 
@@ -66,6 +96,11 @@ class Admission:
                         del self._lanes[spec.model]
         if found is not None:
             self.num_queued -= 1
+
+    def lane_of(self, choice: Choice) -> Lane | None:
+        """Where it stands or would stand, if anybody stands there."""
+        spec = choice.spec
+        return self._lanes.get(spec.model, {}).get(spec.model_digest)
 
     def lanes(self, model: str) -> list[Lane]:
         lanes = self._lanes.get(model)

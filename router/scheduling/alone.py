@@ -76,7 +76,7 @@ class Suspects:
             if choice.id in t.admission.lonely and not choice.tries.alone:
                 t.unclaim(choice)
                 t.admission.discard(choice)
-                t.admission.add(choice)
+                t.admission.add(choice, t.bus_now)
                 t.dirty.add(choice.spec.model)
 
 

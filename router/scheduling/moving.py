@@ -180,7 +180,7 @@ class Mover:
             return
         choice.move("requeue", t.now, cause)
         choice.retrying = True
-        t.admission.add(choice)
+        t.admission.add(choice, t.bus_now)
         t.deadlines.arm(choice.timer, t.now + t.limits.queue_timeout_s)
         t.dirty.add(choice.spec.model)
         t.out.append(Note("resume" if resumes else "retry", cause, worker, choice.id))
@@ -212,7 +212,7 @@ class Mover:
             assert choice.group is not None
             choice.group.waiters[choice.id] = choice
         else:
-            t.admission.add(choice)
+            t.admission.add(choice, t.bus_now)
 
 
 def _computes(attempt: Attempt) -> bool:

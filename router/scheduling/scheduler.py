@@ -136,7 +136,7 @@ class Scheduler:
             return
         choice = t.choices[event.choice] = Choice(event, t.now)
         t.siblings.join(event.siblings)
-        t.admission.add(choice)
+        t.admission.add(choice, t.bus_now)
         if t.limits.request_timeout_s is not None:
             choice.request_timer = Timer("request", choice)
             t.deadlines.arm(choice.request_timer, t.now + t.limits.request_timeout_s)
@@ -144,11 +144,17 @@ class Scheduler:
         self._placer.drain()
         if choice.state != "queued":
             return
-        if t.admission.num_queued > t.limits.max_queue:
+        if t.admission.num_queued > t.limits.max_queue or self._would_expire(choice):
             wait_s = t.budget.wait_s(t.admission.num_queued, t.now)
             self._mover.end(choice, "rejected", "queue_full", retry_after_s=wait_s)
         else:
             t.deadlines.arm(choice.timer, t.now + t.limits.queue_timeout_s)
+
+    def _would_expire(self, choice: Choice) -> bool:
+        """At the pace of this queue its turn comes after its deadline: better said at once."""
+        t = self._t
+        lane = t.admission.lane_of(choice)
+        return lane is not None and lane.wait_s(t.bus_now) > t.limits.queue_timeout_s
 
     def _why_rejected(self, event: Submitted) -> str:
         """The error code, or empty if the choice may at least wait."""

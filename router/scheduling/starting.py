@@ -202,6 +202,9 @@ class Placer:
     def _leave_queue(self, choice: Choice) -> None:
         t = self._t
         self._left -= 1
+        lane = t.admission.lane_of(choice)
+        if lane is not None and not choice.tries.alone:
+            lane.started(t.bus_now)
         t.admission.discard(choice)
         t.deadlines.disarm(choice.timer)
         if choice.retrying:
