@@ -10,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 
-.PHONY: help up test test-vllm sim check model fmt bench chaos soak clean
+.PHONY: help up test test-vllm sim check model fmt bench chaos overload soak clean
 
 help:
 	@echo "make up      start nats-server, etcd, a router, a prefill and a decode worker (ENGINE=torch|simulated PORT=8000)"
@@ -21,6 +21,7 @@ help:
 	@echo "make check   ruff, mypy, import contracts"
 	@echo "make fmt     format the code"
 	@echo "make chaos   break real processes, row by row (TRANSPORT=shm,tcp,nixl,nixl-tcp ROWS=kill/*,etcd JSON=file)"
+	@echo "make overload  ten times what a fleet can do (SECONDS=60 TRANSPORT=shm)"
 	@echo "make soak    mixed traffic with a fault every few seconds, and what grows (MINUTES=10 TRANSPORT=shm)"
 	@echo "make bench   CPU of the router per token and per request, with simulated engines"
 
@@ -113,6 +114,10 @@ ROWS ?=
 MINUTES ?= 10
 chaos: $(VENV)/.dev
 	$(BIN)/python -m tests.chaos --transport '$(TRANSPORT)' --rows '$(ROWS)' $(if $(JSON),--json '$(JSON)')
+
+SECONDS ?= 60
+overload: $(VENV)/.dev
+	$(BIN)/python -m tests.chaos.overload --transport '$(TRANSPORT)' --seconds $(SECONDS) $(if $(JSON),--json '$(JSON)')
 
 soak: $(VENV)/.dev
 	$(BIN)/python -m tests.chaos.soak --transport '$(TRANSPORT)' --minutes $(MINUTES) $(if $(JSON),--json '$(JSON)')
