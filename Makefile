@@ -22,7 +22,7 @@ help:
 	@echo "make fmt     format the code"
 	@echo "make chaos   break real processes, row by row (TRANSPORT=shm,tcp,nixl,nixl-tcp ROWS=kill/*,etcd JSON=file)"
 	@echo "make overload  ten times what a fleet can do (SECONDS=60 TRANSPORT=shm)"
-	@echo "make soak    mixed traffic with a fault every few seconds, and what grows (MINUTES=10 TRANSPORT=shm)"
+	@echo "make soak    mixed traffic with a fault every few seconds, and what grows (MINUTES=10 CLIENTS=8 TRANSPORT=shm)"
 	@echo "make bench   CPU of the router per token and per request, with simulated engines"
 
 # --- environments: each stamp is one layer, so that `make up ENGINE=simulated` needs no torch ---
@@ -112,6 +112,7 @@ bench: $(VENV)/.base
 TRANSPORT ?= shm
 ROWS ?=
 MINUTES ?= 10
+CLIENTS ?= 8
 chaos: $(VENV)/.dev
 	$(BIN)/python -m tests.chaos --transport '$(TRANSPORT)' --rows '$(ROWS)' $(if $(JSON),--json '$(JSON)')
 
@@ -120,7 +121,7 @@ overload: $(VENV)/.dev
 	$(BIN)/python -m tests.chaos.overload --transport '$(TRANSPORT)' --seconds $(SECONDS) $(if $(JSON),--json '$(JSON)')
 
 soak: $(VENV)/.dev
-	$(BIN)/python -m tests.chaos.soak --transport '$(TRANSPORT)' --minutes $(MINUTES) $(if $(JSON),--json '$(JSON)')
+	$(BIN)/python -m tests.chaos.soak --transport '$(TRANSPORT)' --minutes $(MINUTES) --clients $(CLIENTS) $(if $(JSON),--json '$(JSON)')
 
 clean:
 	rm -rf $(VENV) .state build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

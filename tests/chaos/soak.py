@@ -56,7 +56,7 @@ class Counts:
 class Traffic:
     """Clients in threads, one request after the other, until told to stop."""
 
-    def __init__(self, fleet: ChaosFleet, seed: int) -> None:
+    def __init__(self, fleet: ChaosFleet, seed: int, clients: int) -> None:
         self.counts = Counts()
         self._fleet = fleet
         self._port = fleet.port
@@ -64,7 +64,7 @@ class Traffic:
         self._lock = threading.Lock()
         self._threads = [
             threading.Thread(target=self._run, args=(random.Random(f"{seed}/{number}"),))
-            for number in range(NUM_CLIENTS)
+            for number in range(clients)
         ]
         for thread in self._threads:
             thread.start()
@@ -132,9 +132,9 @@ def slope_per_min(samples: list[Sample]) -> float:
 class Soak:
     """One run on one fleet."""
 
-    def __init__(self, fleet: ChaosFleet, seed: int) -> None:
+    def __init__(self, fleet: ChaosFleet, seed: int, clients: int) -> None:
         self._fleet = fleet
-        self._seed = seed
+        self._clients = clients
         self._rng = random.Random(seed)
         self._pids = {name: fleet.process(name).pid for name in MEASURED}
         self.samples: dict[str, list[Sample]] = {name: [] for name in MEASURED}
@@ -157,7 +157,7 @@ class Soak:
                 self.problems.append(f"{name}: RSS grows by {slope:.2f} MB/min")
 
     def _phase(self, seconds: float) -> None:
-        traffic = Traffic(self._fleet, self._rng.randrange(1 << 30))
+        traffic = Traffic(self._fleet, self._rng.randrange(1 << 30), self._clients)
         self.counts.append(traffic.counts)
         end = time.monotonic() + seconds
         next_fault = time.monotonic() + EVERY_S
@@ -234,6 +234,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=3.0)
     parser.add_argument("--transport", default="shm", choices=TRANSPORTS)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--clients", type=int, default=NUM_CLIENTS)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -242,7 +243,7 @@ def main() -> int:
         ChaosFleet(Path(folder), args.transport, settings=SETTINGS) as fleet,
     ):
         fleet.learn_ports()
-        soak = Soak(fleet, args.seed)
+        soak = Soak(fleet, args.seed, args.clients)
         try:
             soak.run(args.minutes)
         except KeyboardInterrupt:
