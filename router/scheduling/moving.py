@@ -94,6 +94,8 @@ class Mover:
         if blame_handle and choice.lent is not None:
             choice.lent.failures += 1
             tries.lost_pulls += 1
+            if choice.lent.failures >= _MAX_PULL_FAILURES:
+                t.suspect(choice.lent.reservation.worker, "not_pulled")
         leg = LEG_OF[choice.state]
         rewait = keep_handle and attempt.kind == "pull" and self._good_handle(choice)
         resumable = attempt.worker.info.traits.resume != "none"

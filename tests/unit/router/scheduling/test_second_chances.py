@@ -68,6 +68,26 @@ def test_a_source_whose_handle_fails_twice_is_not_trusted_again() -> None:
     assert only(out, cmd.StartPrefill).worker == {"p": "q", "q": "p"}[source]
 
 
+def test_a_source_that_nobody_can_pull_from_gets_no_new_prefills_for_a_while() -> None:
+    """One wire is cut: the choices after the first need not find out again, each for itself."""
+    bench = Bench()
+    bench.list_workers(info("q", "prefill"))
+    bench.pd(3)
+    bench.to_transfer()
+    source = bench.scheduler.story("c/0")[1][1].split()[1]
+    other = {"p": "q", "q": "p"}[source]
+    bench.feed(failed(2, "transfer_failed"))
+    views = {view.info.worker_id: view for view in bench.scheduler.workers()}
+    assert not views[source].suspected
+    out = bench.feed(failed(3, "transfer_failed"))
+    assert ("suspected", "not_pulled") in notes(out)
+    given = [only(bench.feed(submitted(f"new/{n}")), cmd.StartPrefill).worker for n in range(6)]
+    assert given == [other] * 6
+    bench.pass_time(1.0)
+    views = {view.info.worker_id: view for view in bench.scheduler.workers()}
+    assert views[source].eligible, "every suspicion ends"
+
+
 def test_a_choice_whose_pulls_have_failed_everywhere_is_prefilled_where_it_decodes() -> None:
     """The workers live, so it is served, whatever the wire between them does."""
     bench = Bench()
