@@ -22,6 +22,7 @@ FREE_MOVES: Final = frozenset({"refused", "unknown_attempt", "gone", "no_replay"
 MAX_MOVES: Final = 4
 PROGRESS_TOKENS: Final = 64
 DEATHS: Final = frozenset({"crash", "freeze", "cut_bus"})
+MIN_DECODE: Final = 2
 GAP_S: Final = 5.0
 """A worker falls silent, which is noticed after 2.5 s, and another one goes on."""
 
@@ -89,6 +90,9 @@ def _after_hiccups(fleet: "Fleet") -> list[str]:
 
 
 def _after_a_death(fleet: "Fleet") -> list[str]:
+    """Somebody else goes on soon, if there is somebody else: without a decode worker all wait."""
+    if sum(role != "prefill" for role in fleet.plan.roles) < MIN_DECODE:
+        return []
     return [
         f"{client.spec.choice}: no token for {client.longest_gap_s:.2f} s"
         for client in fleet.clients
