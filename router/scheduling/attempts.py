@@ -67,7 +67,10 @@ class Tries:
         return self.charged >= limits.max_attempts
 
     def died(self, incarnation: str, num_output: int, *, alone: bool) -> None:
-        """A process is gone that computed this choice, as the only suspect if `alone`."""
+        """A process is gone that computed this choice, as the only suspect if `alone`. Nobody dies
+        twice: one that is known was only away, frozen or at odds with its twin."""
+        if incarnation in self.deaths:
+            return
         self.deaths.append(incarnation)
         allowed = DEATHS_ALONE if alone else DEATHS_IN_COMPANY
         self.killer = len(self.deaths) > allowed

@@ -130,6 +130,19 @@ def test_a_slow_killer_is_found_in_the_end() -> None:
     assert ends(replace(bench, "a", 5)) == [("failed", "decode", "worker_killer")]
 
 
+def test_a_worker_that_only_seemed_dead_is_held_against_nobody_twice() -> None:
+    """Two processes under one name take the registration from each other, again and again."""
+    bench = Bench()
+    bench.list_workers(info("a", "decode"))
+    begun = starts(bench.feed(submitted("calm")))
+    for number in (2, 1, 2, 1):
+        decode(bench, begun, {"calm": 40})
+        out = replace(bench, "a", number)
+        assert ends(out) == []
+        begun = starts(out)
+    assert bench.scheduler._t.choices["calm"].tries.deaths == ["a-1", "a-2"]
+
+
 def test_who_waits_for_an_empty_worker_does_not_wait_for_ever() -> None:
     """The stream that is there may last for hours. Nothing new comes to it meanwhile."""
     bench = Bench()
