@@ -67,7 +67,8 @@ class Refused(msgspec.Struct, tag="r", array_like=True, frozen=True):
 
 
 class Progress(msgspec.Struct, tag="g", array_like=True, frozen=True):
-    """Prefilled tokens or pulled bytes moved on; at most two a second for each attempt."""
+    """Prefilled tokens or pulled bytes moved on; at most two a second for each attempt. Nothing of
+    nothing: it waits for its turn in a worker that works."""
 
     attempt: int
     leg: Leg

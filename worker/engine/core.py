@@ -112,6 +112,8 @@ class EngineCore:
         self._give_up_grammars(now)
         before = self._roster.num_preempted
         self._admit(now)
+        for standing in (self._roster.waiting, self._compiling, self._unlent):
+            telling.waiting(self._outputs, standing, now)
         planned = self._roster.plan(max_step_tokens=self._config.max_step_tokens)
         if planned:
             self._compute(planned)
@@ -342,10 +344,8 @@ class EngineCore:
         if chunk.scores is not None and sequence.prompt_logprobs is not None:
             sequence.prompt_logprobs += chunk.scores.prompt
         if token is None:
-            leg: Leg = "prefill" if sequence.is_prefill or not sequence.told_decoding else "decode"
-            telling.progress(
-                self._outputs, sequence, leg, sequence.num_computed, len(sequence.ids), now
-            )
+            done, total = sequence.num_computed, len(sequence.ids)
+            telling.progress(self._outputs, sequence, sequence.runs, done, total, now)
             return
         self._decoded_tokens += 1
         delta = sequence.take(token, chunk.scores)

@@ -275,15 +275,17 @@ class Puller:
         return self._run(self._sink.begin(pull_id, pulling.pull, now), now)
 
     def _look(self, pull_id: int, pulling: _Pulling, now: float) -> list[PullOutcome]:
+        """One that waits for room is told of as well: those before it have deadlines."""
         done = pulling.ticket.num_bytes_done if pulling.ticket is not None else 0
-        if done <= pulling.num_bytes:
-            return []
-        pulling.num_bytes = done
-        self._sink.progressed(pull_id, done, now)
+        if pulling.ticket is not None:
+            if done <= pulling.num_bytes:
+                return []
+            pulling.num_bytes = done
+            self._sink.progressed(pull_id, done, now)
         if pulling.sequence is None or now - pulling.reported_at < PROGRESS_S:
             return []
         pulling.reported_at = now
-        total = len(pulling.spec.local) * self._block_bytes
+        total = len(pulling.spec.local) * self._block_bytes if pulling.ticket is not None else 0
         return [PullMoved(pulling.sequence, done, total)]
 
     def _run(self, commands: Sequence[Command], now: float) -> list[PullOutcome]:

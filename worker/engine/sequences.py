@@ -118,6 +118,13 @@ class ActiveSequence:
             return "prefill"
         return "transfer" if self.handle is not None else "decode"
 
+    @property
+    def runs(self) -> Leg:
+        """What it does, or will do when it runs (again)."""
+        if self.handle is not None:
+            return "transfer"
+        return "decode" if self.told_decoding else "prefill"
+
     def hash_full_blocks(self) -> list[bytes]:
         """The hashes of all full blocks of `ids`."""
         size = self.limits.block_size

@@ -3,6 +3,8 @@
 It decides nothing: when something is said, the core decides.
 """
 
+from collections.abc import Iterable
+
 from protocol.handoff import KvHandle
 from protocol.out import Delta, FailureCode, Leg
 from worker.engine.base import DecodingInfo, EngineError, PrefillResult
@@ -56,6 +58,13 @@ def progress(
     sequence.reported_at = now
     key = sequence.key
     outputs.note(key, sequence.serial, lambda outlet: outlet.progress(key, leg, done, total))
+
+
+def waiting(outputs: TurnOutputs, standing: Iterable[ActiveSequence], now: float) -> None:
+    """These wait for a place, blocks or a lease, and are not forgotten: the thread that would serve
+    them turns, and those before them have deadlines of their own."""
+    for sequence in standing:
+        progress(outputs, sequence, sequence.runs, 0, 0, now)
 
 
 def failed(outputs: TurnOutputs, sequence: ActiveSequence, code: FailureCode, message: str) -> None:

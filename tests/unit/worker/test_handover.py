@@ -177,6 +177,29 @@ async def test_waiting_pull_is_cancelled_without_a_trace() -> None:
             pair.p.stepper.release([handle_of(result).handle_id])
 
 
+async def test_pull_that_waits_for_room_is_told_of() -> None:
+    """Or its router takes it for forgotten, and tries the next full worker."""
+    async with paired(max_tokens_in_flight=14) as pair:
+        results = [await pair.prefill(salt=salt) for salt in range(2)]
+        keys = [
+            pair.d.decode(prompt_of(14, salt), handle=result.handle, output_ids=first_ids(result))
+            for salt, result in enumerate(results)
+        ]
+        await pair.held()
+        for number in (1, 2):
+            pair.d.clock.ahead_s += 1.0
+            await pair.turns()
+            told = pair.d.recorder.of(keys[1]).progress
+            assert told == [("transfer", 0, 0)] * number
+        for _ in range(4):
+            while pair.transfer.num_held == 0:
+                await pair.held()
+            pair.transfer.let_one_go()
+        for key, result in zip(keys, results, strict=True):
+            await pair.d.over(key)
+            pair.p.stepper.release([handle_of(result).handle_id])
+
+
 async def test_only_tokens_that_are_copied_count_as_in_flight() -> None:
     async with paired(max_tokens_in_flight=16) as pair:
         await pair.d.over(pair.d.decode(prompt_of(14, salt=1)))

@@ -271,3 +271,25 @@ async def test_kv_events_and_snapshot_agree_over_evictions() -> None:
             assert snapshot.last_id == w.recorder.last_event
             assert set(snapshot.hashes) == w.recorder.cached
         assert w.recorder.cached
+
+
+async def test_jobs_that_wait_for_a_place_are_told_of_while_the_engine_turns() -> None:
+    """Twice a second; while a step hangs, nobody is said to be alive."""
+    many = Sampling(max_tokens=4000, temperature=0.0, ignore_eos=True)
+    async with running(replace(SMALL, num_blocks=1100), max_running=1) as world:
+        first = world.decode(prompt_of(9), many)
+        waiting = world.prefill(prompt_of(9, salt=1))
+        told = world.recorder.of(waiting).progress
+        await world.recorder.until(lambda: world.stepper.load().waiting)
+        world.runner.shut()
+        await world.runner.entered.wait()
+        world.clock.ahead_s += 1.0
+        assert told == []
+        world.runner.open()
+        await world.recorder.until(lambda: told)
+        assert told[0] == ("prefill", 0, 0)
+        world.stepper.cancel(first)
+        result = (await world.over(waiting)).prefilled
+        assert result is not None
+        assert result.handle is not None
+        world.stepper.release([result.handle.handle_id])
