@@ -29,7 +29,8 @@ from router.fleet_feed import FleetFeed
 from router.metrics import RouterMetrics
 from router.scheduling.limits import Limits
 from tests.unit.worker.engine_world import GatedRunner, HeldTransfer
-from text.assets import byte_assets
+from text.assets import ModelAssets, byte_assets
+from worker.engine.runner import ModelRunner
 from worker.engine.simulated import SimulatedConfig, SimulatedRunner
 from worker.engine.stepper import Stepper, StepperConfig
 from worker.kv.arena import Arena, LeaseTable, ScratchWords
@@ -210,12 +211,17 @@ class PathWorld:
         self.routers.append(RouterSide(dispatch, metrics, feed, bus))
         return self.routers[-1]
 
+    def model(self, wait: Callable[[float], object]) -> tuple[ModelRunner, ModelAssets]:
+        """What one worker computes with."""
+        assets = byte_assets(self.config.name, max_context=self.config.max_context)
+        return SimulatedRunner(self.config, assets, wait=wait), assets
+
     async def add_worker(self, role: Role, name: str, *, hold: bool = False) -> WorkerSide:
         bus = await self._bus()
         loop = asyncio.get_running_loop()
         config, stopping = self.config, threading.Event()
-        assets = byte_assets(config.name, max_context=config.max_context)
-        runner = GatedRunner(SimulatedRunner(config, assets, wait=stopping.wait), loop)
+        model, assets = self.model(stopping.wait)
+        runner = GatedRunner(model, loop)
         transfer = HeldTransfer(ShmTransfer(), hold=hold)
         engine = Stepper(
             runner,
