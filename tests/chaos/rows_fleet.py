@@ -19,6 +19,7 @@ AWAY_S: Final = 3.0
 CROWD: Final = 60
 NO_DECODE: Final = frozenset({"queue_timeout", "decode_wait_timeout", "no_decode_worker"})
 KILLER: Final = "worker_killer"
+MOST_KILLED: Final = 4
 
 
 def only_prefill_dies(trial: Trial) -> None:
@@ -154,22 +155,24 @@ def deadly_prompt(trial: Trial) -> None:
     deadly.may_fail = frozenset({KILLER})
     trial.clients += start(fleet, wave(NEW, salt=trial.salt))
     died = _die(trial, deadly)
-    trial.note(f"died: {' '.join(died)}")
+    computing = [name for name, was_computing in died if was_computing]
+    trial.note("died: " + " ".join(name if c else f"({name})" for name, c in died))
     trial.clients.append(deadly)
     trial.join()
     code = deadly.error.get("code")
     trial.hit = len(died)
     if code != KILLER:
         trial.wrong.append(f"the deadly prompt ended with {deadly.error or 'no error'}")
-    if not 1 < len(died) <= 4:
-        trial.wrong.append(f"{len(died)} processes died under it")
+    if not 1 < len(computing) <= MOST_KILLED or len(died) > 2 * MOST_KILLED:
+        trial.wrong.append(f"{len(computing)} of {len(died)} processes died computing it")
     trial.look()
 
 
-def _die(trial: Trial, deadly: Client) -> list[str]:
-    """Kill whoever has it, and put a successor there, until it is over."""
+def _die(trial: Trial, deadly: Client) -> list[tuple[str, bool]]:
+    """Kill whoever has it, and put a successor there, until it is over. Who it was, and whether it
+    was computing it: one that only lends its KV, or pulls it, tells nothing against it."""
     fleet = trial.fleet
-    died: list[str] = []
+    died: list[tuple[str, bool]] = []
     seen = 0.0
 
     def over() -> bool:
@@ -180,7 +183,8 @@ def _die(trial: Trial, deadly: Client) -> list[str]:
             seen = given[-1].at
             victim = given[-1].detail
             if is_alive(fleet.process(victim).pid):
-                died.append(victim)
+                lends = story[-1].what in ("prefilled", "lend") or _pulls(story)
+                died.append((victim, not lends))
                 os.kill(fleet.process(victim).pid, signal.SIGCONT)
                 fleet.kill(victim)
                 fleet.restart(victim)
@@ -189,6 +193,12 @@ def _die(trial: Trial, deadly: Client) -> list[str]:
     if not until(over, timeout_s=40.0):
         trial.wrong.append("the deadly prompt does not end")
     return died
+
+
+def _pulls(story: list[Any]) -> bool:
+    """The last job it was given is a pull."""
+    jobs = [s.what for s in story if s.what in ("start_prefill", "start_local", "start_pull")]
+    return jobs[-1] == "start_pull" and story[-1].what != "decode"
 
 
 def _is_accepted(story: list[Any]) -> bool:
