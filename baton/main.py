@@ -39,6 +39,9 @@ def _parser() -> argparse.ArgumentParser:
         from router.config import RouterConfig
 
         add_flags(router, RouterConfig)
+        for flag in ("--listen-fds", "--line-fd"):  # a parent's to its children
+            router.add_argument(flag, default="", help=argparse.SUPPRESS)
+        router.add_argument("--successor", action="store_true", help=argparse.SUPPRESS)
     worker = commands.add_parser("worker", help="one worker process")
     if wanted == ["worker"]:
         from worker.config import WorkerConfig
@@ -89,15 +92,24 @@ def _up(args: argparse.Namespace) -> int:
 
 
 def _router(args: argparse.Namespace) -> int:
-    from prometheus_client import disable_created_metrics
-
     from router.config import RouterConfig
-    from router.main import run_router
 
     config = load_settings(RouterConfig, args, os.environ)
-    disable_created_metrics()  # type: ignore[no-untyped-call]
     set_up_logs(config.log_level, config.log_format)
-    return run_process(lambda stop, stop_now: run_router(config, stop, stop_now))
+    if config.processes:
+        from router.parent import run_parent
+
+        return run_process(lambda stop, now: run_parent(config, sys.argv[1:], stop, now))
+    from prometheus_client import disable_created_metrics
+
+    from router.inherited import Inherited
+    from router.main import run_router
+
+    inherited = None
+    if args.listen_fds:
+        inherited = Inherited.of(args.listen_fds, args.line_fd, is_successor=args.successor)
+    disable_created_metrics()  # type: ignore[no-untyped-call]
+    return run_process(lambda stop, now: run_router(config, stop, now, inherited))
 
 
 def _worker(args: argparse.Namespace) -> int:

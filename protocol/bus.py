@@ -41,6 +41,10 @@ class Subscription(Protocol):
     async def close(self) -> None:
         """No callback is called afterwards."""
 
+    async def drain(self, *, timeout_s: float) -> None:
+        """Close, but deliver first what the bus had already sent here: a queue group that loses
+        this member loses no message. After `timeout_s`, or without a connection, only close."""
+
 
 class Bus(Protocol):
     """A connection to the bus. It reconnects for ever; nothing exits because the bus is away."""

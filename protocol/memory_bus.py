@@ -135,6 +135,12 @@ class _Subscription:
         self._pending.append(message)
         self._pending_bytes += size
 
+    async def drain(self, *, timeout_s: float) -> None:
+        self._forget(self)
+        while self._pending and not self.inlet.closed:  # noqa: ASYNC110  each turn delivers some
+            await asyncio.sleep(0)
+        await self.close()
+
     async def close(self) -> None:
         if not self.inlet.closed:
             self.inlet.close()
@@ -262,11 +268,13 @@ class MemoryBus:
         self, subject: str, callback: Callback, queue: str, limits: tuple[int, int]
     ) -> _Subscription:
         inlet = Inlet(subject, callback, self._notices, max_bytes=limits[1])
-        subscription = _Subscription(
-            inlet, queue, limits, self._notices, self._subscriptions.remove
-        )
+        subscription = _Subscription(inlet, queue, limits, self._notices, self._forget)
         self._subscriptions.append(subscription)
         return subscription
+
+    def _forget(self, subscription: _Subscription) -> None:
+        if subscription in self._subscriptions:  # one that drains is forgotten before it closes
+            self._subscriptions.remove(subscription)
 
     def _matching(self, subject: str) -> "Iterator[_Subscription]":
         """The subscriptions on `subject`, while the server has them."""

@@ -6,6 +6,7 @@ What nats-py leaves to us, and where it is done:
 - A frozen server blocks its socket, and then its own reconnect: `_Wire` leaves sockets at once.
 - A `flush` that times out kills the connection when the answer comes late: we wait for a message
   to our own inbox instead.
+- Its `unsubscribe` forgets what the server still sends us, its `drain` flushes: we go by steps.
 - Its outbound bound suspends the publisher after the message was taken: we check before.
 """
 
@@ -45,6 +46,7 @@ class _Subscription:
     max_pending: int
     max_pending_bytes: int
     forget: Callable[["_Subscription"], None]
+    flush: Callable[..., Awaitable[None]]
     client: Client | None = None
     native: NativeSubscription | None = field(default=None)
 
@@ -57,6 +59,19 @@ class _Subscription:
                 await native.unsubscribe()
             except (errors.Error, OSError):
                 pass  # The connection is closed, and the subscription with it.
+
+    async def drain(self, *, timeout_s: float) -> None:
+        client, native = self.client, self.native
+        if client is not None and native is not None and client.is_connected:
+            try:
+                async with asyncio.timeout(timeout_s):
+                    await client._send_unsubscribe(native._id)
+                    await self.flush(timeout_s=timeout_s)
+                    while native.pending_msgs:  # noqa: ASYNC110  They are here; their turn comes.
+                        await asyncio.sleep(0)
+            except (TimeoutError, BusError, errors.Error, OSError):
+                pass  # The connection went, and what was on its way with it.
+        await self.close()
 
 
 class NatsBus:
@@ -134,7 +149,7 @@ class NatsBus:
             raise BusError("the bus is closed")
         inlet = Inlet(subject, callback, self._notices, max_bytes=max_pending_bytes)
         subscription = _Subscription(
-            inlet, queue, max_pending, max_pending_bytes, self._subscriptions.discard
+            inlet, queue, max_pending, max_pending_bytes, self._subscriptions.discard, self.flush
         )
         self._subscriptions.add(subscription)
         if self._client is not None:

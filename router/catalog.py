@@ -21,7 +21,7 @@ from router.logprobs import TokenNames
 from router.sampling_options import Defaults, read_defaults
 from text.assets import GENERATION_CONFIG_FILE, AssetsError, decode
 from text.template import ChatTemplate
-from text.tokenizer import Tokenizer
+from text.tokenizer import Tokenizer, is_panic
 
 _log = logging.getLogger("baton.router")
 
@@ -29,6 +29,7 @@ FETCH_TIMEOUT_S: Final = 10.0
 RETRY_S: Final = 0.5
 ASSETS_WAIT_S: Final = 5.0
 MAX_MODELS: Final = 256
+_TRIAL: Final = "One, two: 3 \u00e9\u4f60 <|x|>"
 MAX_TEXTS: Final = 32
 
 
@@ -103,8 +104,13 @@ class Catalog:
         model.workers[info.worker_id] = info
         model.is_changed = True
         if len(self._models) > MAX_MODELS:
-            self._models.popitem(last=False)
+            self._forget_one()
         self._want(info.model, info.assets_digest)
+
+    def _forget_one(self) -> None:
+        """The oldest name that nobody serves; else the newest one, which is one too many."""
+        idle = (name for name, model in self._models.items() if not model.workers)
+        del self._models[next(idle, next(reversed(self._models)))]
 
     def unlisted(self, worker: str, incarnation: str) -> None:
         for model in self._models.values():
@@ -114,6 +120,11 @@ class Catalog:
                 model.is_changed = True
 
     # --- the front's side ---
+
+    @property
+    def is_fetching(self) -> bool:
+        """Somebody's text is on its way."""
+        return bool(self._fetching)
 
     def names(self) -> list[tuple[str, int]]:
         """Served models and when each was first seen (Unix seconds)."""
@@ -191,11 +202,11 @@ class Catalog:
         return [info for info in workers if info.assets_digest == digest]
 
     async def _ask(self, info: WorkerInfo, digest: str) -> Text | None:
-        subject = self._subjects.jobs(info.worker_id, info.incarnation)
         ask = encode(JobEnvelope(self._router_id, [GetAssets(digest)]))
         try:
+            subject = self._subjects.jobs(info.worker_id, info.incarnation)
             reply = await self._bus.request(subject, ask, timeout_s=FETCH_TIMEOUT_S)
-            return await asyncio.to_thread(_load, reply.payload, digest)
+            return await asyncio.to_thread(text_of, reply.payload, digest)
         except (BusError, AssetsError) as error:
             _log.info("no assets from worker=%s: %s", info.worker_id, error)
         except Exception:  # noqa: BLE001 - what a worker sends must not end the router
@@ -213,14 +224,24 @@ def _most_common(workers: Collection[WorkerInfo]) -> WorkerInfo | None:
     return next(info for info in workers if info.model_digest == best)
 
 
-def _load(payload: bytes, digest: str) -> Text:
+def text_of(payload: bytes, digest: str) -> Text:
+    """What a router makes of a worker's answer. Raises AssetsError, whatever it was."""
     assets = decode(payload)
     if assets.digest != digest:
         raise AssetsError("the worker sent other assets than it announced")
-    tokenizer = Tokenizer.from_assets(assets)
-    return Text(
-        tokenizer,
-        TokenNames(tokenizer),
-        ChatTemplate.from_assets(assets),
-        read_defaults(assets.json(GENERATION_CONFIG_FILE)),
-    )
+    try:
+        tokenizer = Tokenizer.from_assets(assets)
+        # A tokenizer that is broken shows it at the first text: better here than at a client's.
+        tokenizer.decode(tokenizer.encode(_TRIAL, add_special_tokens=True))
+        return Text(
+            tokenizer,
+            TokenNames(tokenizer),
+            ChatTemplate.from_assets(assets),
+            read_defaults(assets.json(GENERATION_CONFIG_FILE)),
+        )
+    except AssetsError:
+        raise
+    except BaseException as error:  # the files may be wrong in any way, a Rust panic is none
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
+        raise AssetsError(f"the assets cannot be used: {type(error).__name__} {error}") from None

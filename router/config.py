@@ -1,10 +1,12 @@
 """What an operator can set for a router: one frozen struct from YAML, environment and flags."""
 
-from typing import Annotated
+from typing import Annotated, Final
 
 from protocol.errors import ConfigError
 from protocol.settings import ProcessSettings, about
 from router.scheduling.limits import Limits
+
+MAX_PROCESSES: Final = 128
 
 
 class RouterConfig(ProcessSettings, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -12,6 +14,13 @@ class RouterConfig(ProcessSettings, frozen=True, kw_only=True, forbid_unknown_fi
 
     host: Annotated[str, about("where to listen")] = "127.0.0.1"
     port: Annotated[int, about("where to listen; 0: any free port")] = 8000
+    processes: Annotated[
+        int,
+        about(
+            "routers that share the port, under a parent that restarts them one by one at SIGHUP; "
+            "0: a single one without a parent"
+        ),
+    ] = 0
     tls_cert: Annotated[str, about("certificate of the HTTP endpoint")] = ""
     tls_key: Annotated[str, about("key of that certificate")] = ""
     api_keys: Annotated[
@@ -51,6 +60,12 @@ class RouterConfig(ProcessSettings, frozen=True, kw_only=True, forbid_unknown_fi
     drain_timeout_ms: Annotated[int, about("after SIGTERM, running requests get this long")] = (
         30_000
     )
+    idle_grace_ms: Annotated[
+        int,
+        about(
+            "after SIGTERM, a connection without a request is kept this long: one may be on its way"
+        ),
+    ] = 5_000
     max_queue: Annotated[int, about("waiting choices; more are rejected at once")] = 4_096
     max_attempts: Annotated[int, about("dispatches of one choice without progress")] = 4
     local_prefill_tokens: Annotated[
@@ -65,6 +80,8 @@ class RouterConfig(ProcessSettings, frozen=True, kw_only=True, forbid_unknown_fi
                 raise ConfigError(f"{field} must be above 0")
         if not 0 <= self.port <= 65_535:
             raise ConfigError(f"port {self.port} is not a port")
+        if not 0 <= self.processes <= MAX_PROCESSES:
+            raise ConfigError(f"processes must be 0 to {MAX_PROCESSES}, not {self.processes}")
         if bool(self.tls_cert) != bool(self.tls_key):
             raise ConfigError("tls_cert and tls_key belong together")
 

@@ -19,6 +19,7 @@ from protocol.ids import is_name
 from router.admin import Admin
 from router.answers import to_json
 from router.catalog import Catalog
+from router.connections import Connections
 from router.dispatch import Dispatch
 from router.metrics import RouterMetrics
 from router.nats_api import model_entry, models_body
@@ -67,11 +68,15 @@ class HttpApi:
         self._max_body_bytes = max_body_bytes
         self._client_stall_s = client_stall_s
         self._ping_s = ping_s
+        self.connections: Connections[web.RequestHandler] = Connections()
         self.accepting = True
-        """False while draining: new work is refused with a 503."""
+        """False when draining has gone on for a while: new work is refused with a 503."""
+        self.closes_connections = False
+        """While draining, every answer is the last one on its connection."""
 
     def app(self) -> web.Application:
         app = web.Application(middlewares=[self._edge])
+        app.on_response_prepare.append(self._on_prepare)
         expect = self._expect
         app.add_routes(
             [
@@ -88,29 +93,49 @@ class HttpApi:
 
     @web.middleware
     async def _edge(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Which connections are busy, and everything that is the same for all requests."""
+        self.connections.begin(request.protocol)
+        try:
+            return await self._answer(request, handler)
+        finally:
+            self.connections.end(request.protocol, asyncio.get_running_loop().time())
+
+    async def _answer(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Request id, API key, and errors in OpenAI's shape."""
-        asked = request.headers.get("x-request-id", "")
-        request_id = request["id"] = asked if is_name(asked) else new_request_id()
+        request["id"] = _id_of(request)
+        told: ClientError | None = None
         try:
             self._authorize(request)
             response = await handler(request)
         except ClientError as error:
+            told = error
             response = error_response(error, request["id"])
         except web.HTTPException as error:
-            response = error_response(_from_http(error), request_id)
+            told = _from_http(error)
+            response = error_response(told, request["id"])
             response.headers.update(_kept_headers(error))
         except ConnectionError:
             raise  # the client is gone; aiohttp closes what is left
         except Exception:  # noqa: BLE001 - the edge: a bug becomes a 500 with its request id
             _log.exception("request failed request_id=%s path=%s", request["id"], request.path)
-            bug = ClientError(500, "internal error", code="internal_error")
-            response = error_response(bug, request["id"])
+            told = ClientError(500, "internal error", code="internal_error")
+            response = error_response(told, request["id"])
         if not response.prepared:
             response.headers["x-request-id"] = request["id"]
+        door = f"{request.method} {request.path}"
+        begun = "begun" in request
+        self._dispatch.stories.answered(request["id"], door, response.status, told, has_begun=begun)
         route = request.match_info.route.resource
         path = route.canonical if route is not None else "other"
         self._metrics.http.labels(path, str(response.status)).inc()
         return response
+
+    async def _on_prepare(self, _request: web.Request, response: web.StreamResponse) -> None:
+        """The client asks on another connection next time, and no request of it crosses our
+        closing of this one."""
+        if self.closes_connections:
+            response.force_close()
+            response.headers["Connection"] = "close"
 
     def _authorize(self, request: web.Request) -> None:
         if not self._api_keys or request.path in _OPEN:
@@ -133,6 +158,7 @@ class HttpApi:
         if not self.accepting:
             raise ClientError(503, "shutting down", code="shutting_down", retry_after_s=1)
         request_id = request["id"] = self._running.begin(request["id"])
+        request["begun"] = True
         try:
             prepared = await prepare(await self._body(request), request_id)
             headers = {"x-request-id": request_id}
@@ -204,9 +230,11 @@ class HttpApi:
             if request.headers["Expect"].lower() != "100-continue":
                 raise ClientError(417, "only `Expect: 100-continue` is known", code="expectation")
         except ClientError as error:
-            request_id = new_request_id()
+            request_id = _id_of(request)
             response = error_response(error, request_id)
             response.headers["x-request-id"] = request_id
+            door = f"{request.method} {request.path}"
+            self._dispatch.stories.answered(request_id, door, error.status, error, has_begun=False)
             response.force_close()  # the body may come or not
             return response
         await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -231,6 +259,12 @@ def json_response(
     body: bytes, status: int = 200, headers: Mapping[str, str] | None = None
 ) -> web.Response:
     return web.Response(body=body, status=status, content_type="application/json", headers=headers)
+
+
+def _id_of(request: web.Request) -> str:
+    """The client's own id if it is a name, else a fresh one."""
+    asked = request.headers.get("x-request-id", "")
+    return asked if is_name(asked) else new_request_id()
 
 
 def error_response(error: ClientError, request_id: str) -> web.StreamResponse:

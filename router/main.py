@@ -6,7 +6,7 @@ import random
 import secrets
 import ssl
 import time
-from typing import Any
+from typing import Any, Final
 
 from aiohttp import web
 from prometheus_client import CollectorRegistry, ProcessCollector
@@ -24,6 +24,7 @@ from router.config import RouterConfig
 from router.dispatch import Dispatch
 from router.fleet_feed import FleetFeed
 from router.http import HttpApi, new_request_id
+from router.inherited import Inherited
 from router.metrics import RouterMetrics
 from router.nats_api import NatsApi, models_body
 from router.requests import Front
@@ -31,10 +32,26 @@ from router.running import Running
 
 _log = logging.getLogger("baton.router")
 
+WARM_S: Final = 3.0
+"""A worker that has not reported for so long is not going to."""
+LOOK_S: Final = 0.05
+TURNS: Final = 4
+"""Of the loop, until aiohttp has given a request that it has read to its handler."""
+BACKLOG: Final = 1024
+"""Of a parent's sockets, which have it already."""
 
-async def run_router(config: RouterConfig, stop: asyncio.Event, stop_now: asyncio.Event) -> None:
-    """Serve until `stop` (drain, then leave) or `stop_now`. Raises ConfigError."""
+
+async def run_router(
+    config: RouterConfig,
+    stop: asyncio.Event,
+    stop_now: asyncio.Event,
+    inherited: Inherited | None = None,
+) -> None:
+    """Serve until `stop` (drain, then leave) or `stop_now`; on the sockets of a parent, if there is
+    one, and then without it no longer. Raises ConfigError."""
     config.check()
+    if inherited is not None:
+        inherited.watch(stop.set)
     router_id = f"{config.name or 'router'}-{secrets.token_hex(4)}"
     loop = asyncio.get_running_loop()
     registry = CollectorRegistry()
@@ -66,7 +83,9 @@ async def run_router(config: RouterConfig, stop: asyncio.Event, stop_now: asynci
                 catalog=catalog,
                 metrics=metrics,
             )
-            server = _Server(config, bus, dispatch, catalog, feed, metrics, subjects, tasks)
+            server = _Server(
+                config, bus, dispatch, catalog, feed, metrics, subjects, tasks, inherited
+            )
             work = tasks.create_task(server.run(), name="serve")
             await _until_stopped(server, work, stop, stop_now)
             raise _Stopped
@@ -125,9 +144,12 @@ class _Server:
         metrics: RouterMetrics,
         subjects: Subjects,
         tasks: asyncio.TaskGroup,
+        inherited: Inherited | None,
     ) -> None:
         self._config = config
+        self._inherited = inherited
         self._bus = bus
+        self._catalog = catalog
         self._dispatch = dispatch
         self._feed = feed
         self._tasks = tasks
@@ -143,8 +165,10 @@ class _Server:
             catalog=catalog,
             metrics=metrics,
             state=self._state,
-            is_accepting=lambda: self._http.accepting,
+            is_accepting=lambda: self._is_ready,
         )
+        self._is_ready = True
+        """What a balancer is told. Not false where a successor serves on the same port."""
         self._running = Running(dispatch, new_request_id)
         self._http = HttpApi(
             front=front,
@@ -180,57 +204,131 @@ class _Server:
         }
 
     async def run(self) -> None:
-        """Listen first (a taken port is the operator's error), then connect, then feed."""
+        """Listen first (a taken port is the operator's error, and who waits is told why), then
+        connect, then feed. A successor listens when it can serve."""
+        inherited = self._inherited
+        is_successor = inherited is not None and inherited.is_successor
         await self._runner.setup()
-        await self._listen()
+        if not is_successor:
+            await self._listen()
         self._bus.on_event(self._on_bus_event)
         await self._bus.start()
         await self._dispatch.start(self._tasks)
         await self._feed.start()
+        await self._until_warm(must_sync=is_successor)
+        if is_successor:
+            await self._listen()
         await self._nats_api.start()
         _log.info(
-            "router ready id=%s url=%s://%s:%d",
+            "router ready id=%s url=%s",
             self._dispatch.router_id,
-            "https" if self._config.tls_cert else "http",
-            self._config.host,
-            self._config.port,
+            ",".join(site.name for site in self._runner.sites),
         )
+        if inherited is not None:
+            inherited.say_ready()
         await asyncio.Event().wait()
 
+    async def _until_warm(self, *, must_sync: bool) -> None:
+        """Until the fleet is known: who asks us before is told that nobody is there. Everybody who
+        lives is heard within `WARM_S`."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + WARM_S
+        while not self._is_warm():
+            if must_sync and not self._catalog.listing_came:
+                deadline = loop.time() + WARM_S
+            elif loop.time() >= deadline:
+                return
+            await asyncio.sleep(LOOK_S)
+
+    def _is_warm(self) -> bool:
+        """Everybody listed was heard, and their text is here."""
+        workers = self._dispatch.scheduler.workers()
+        return (
+            self._catalog.listing_came
+            and not self._catalog.is_fetching
+            and all(worker.live for worker in workers if worker.listed)
+        )
+
     async def _listen(self) -> None:
+        """On the parent's sockets, or our own."""
         config = self._config
-        context = None
-        if config.tls_cert:
-            context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-            try:
-                context.load_cert_chain(config.tls_cert, config.tls_key)
-            except (OSError, ssl.SSLError) as error:
-                raise ConfigError(f"tls_cert: {error}") from None
+        context = self._tls()
+        if self._inherited is not None:
+            for listener in self._inherited.listeners:
+                site = web.SockSite(self._runner, listener, ssl_context=context, backlog=BACKLOG)
+                await site.start()
+            return
         try:
-            site = web.TCPSite(self._runner, config.host, config.port, ssl_context=context)
-            await site.start()
+            await web.TCPSite(self._runner, config.host, config.port, ssl_context=context).start()
         except OSError as error:
             raise ConfigError(
                 f"cannot listen on {config.host}:{config.port}: {error.strerror or error}"
             ) from None
+
+    def _tls(self) -> ssl.SSLContext | None:
+        if not self._config.tls_cert:
+            return None
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        try:
+            context.load_cert_chain(self._config.tls_cert, self._config.tls_key)
+        except (OSError, ssl.SSLError) as error:
+            raise ConfigError(f"tls_cert: {error}") from None
+        return context
 
     def _on_bus_event(self, event: BusEvent) -> None:
         if event.kind != "lost":
             self._metrics.bus_up.set(1 if event.kind == "up" else 0)
 
     async def drain(self, now: "asyncio.Task[bool]") -> None:
-        """Refuse new work, finish what runs, at most `drain_timeout_ms` or until `now` is done."""
-        self._http.accepting = False
+        """Finish what runs and what still comes on open connections, at most `drain_timeout_ms` or
+        until `now` is done.
+
+        With a successor on the same port we stop accepting at once. Without one a balancer has to
+        notice first: for the grace, new connections are served, too; then they get a 503.
+        """
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        is_relieved = self._inherited is not None and self._inherited.is_relieved()
+        self._http.closes_connections = True
+        self._http.connections.start_drain(began)
+        self._is_ready = is_relieved
+        _log.info("draining requests=%d relieved=%s", len(self._running), is_relieved)
+        if is_relieved:
+            for site in list(self._runner.sites):
+                await site.stop()
         await self._nats_api.close()
-        _log.info("draining requests=%d", len(self._running))
-        idle = asyncio.create_task(self._running.idle(), name="idle")
-        limit_s = self._config.drain_timeout_ms / 1e3
-        await asyncio.wait([idle, now], timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
-        idle.cancel()
+        grace_s = self._config.idle_grace_ms / 1e3
+        deadline = began + self._config.drain_timeout_ms / 1e3
+        while not now.done() and loop.time() < deadline and self._has_guests():
+            await self._close_forsaken(grace_s)
+            if not is_relieved and loop.time() - began >= grace_s:
+                self._http.accepting = False
+            await asyncio.wait([now], timeout=LOOK_S)
+
+    def _has_guests(self) -> bool:
+        """Somebody is served, or may still ask on a connection that is open."""
+        return bool(self._open_connections()) or len(self._running) > 0
+
+    def _open_connections(self) -> list[web.RequestHandler]:
+        server = self._runner.server
+        return server.connections if server is not None else []
+
+    async def _close_forsaken(self, grace_s: float) -> None:
+        """Those that were idle for so long. A request that is here already is still answered: its
+        handler has begun after some turns of the loop."""
+        connections = self._http.connections
+        now = asyncio.get_running_loop().time()
+        forsaken = connections.forsaken(self._open_connections(), now, grace_s)
+        for connection in forsaken:
+            connection.close()  # takes nothing new; aiohttp leaves an idle one open all the same
+        for _ in range(TURNS if forsaken else 0):
+            await asyncio.sleep(0)
+        for connection in connections.forsaken(forsaken, now, grace_s):
+            connection.force_close()
 
     async def close(self) -> None:
         """Whoever is still waiting is told so, then the workers are."""
-        self._http.accepting = False
+        self._http.accepting = self._is_ready = False
         if len(self._running):
             _log.warning("leaving, aborting requests=%d", len(self._running))
             text = "the router is shutting down"

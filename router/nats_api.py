@@ -26,6 +26,8 @@ STATUS: Final = "Baton-Status"
 REQUEST_ID: Final = "x-request-id"
 QUEUE: Final = "baton-routers"
 MAX_OPEN: Final = 65_536
+DRAIN_S: Final = 5.0
+"""For one round trip to NATS; without it nothing can be on its way to us either."""
 
 
 class ReplyWriter:
@@ -45,6 +47,8 @@ class ReplyWriter:
         self._request_id = request_id
         self._watch = watch
         self._on_end = on_end
+        self.status = 0
+        """What the client was told; 0: nothing, it stopped listening."""
 
     def write(self, chunk: bytes) -> None:
         try:
@@ -65,6 +69,7 @@ class ReplyWriter:
             headers["Retry-After"] = str(retry_after_s)
         try:
             self._bus.publish(self._reply, b"", headers=headers)
+            self.status = status
         except BusError:
             pass
         self._on_end()
@@ -103,19 +108,24 @@ class NatsApi:
         )
 
     async def close(self) -> None:
-        """Take no new requests; those running go on."""
-        if self._subscription is not None:
-            await self._subscription.close()
+        """Take no new requests; those running, and those that NATS has given us, go on."""
+        subscription, self._subscription = self._subscription, None
+        if subscription is not None:
+            await subscription.drain(timeout_s=DRAIN_S)
 
     def _on_request(self, message: Message) -> None:
         if message.no_responders:
             return
         if not _is_answerable(message.reply):
-            self._dispatch.inbox.bad_message(message.subject, BadMessage("no inbox for the answer"))
+            problem = BadMessage("no inbox for the answer")
+            self._dispatch.inbox.bad_message(message.subject, problem, "no_inbox")
             return
         if self._open >= MAX_OPEN:
             error = ClientError(503, "too many open requests", code="queue_full", retry_after_s=1)
-            ReplyWriter(self._bus, message.reply, self._running.new_id()).fail(error)
+            request_id = self._running.new_id()
+            ReplyWriter(self._bus, message.reply, request_id).fail(error)
+            door = message.subject
+            self._dispatch.stories.answered(request_id, door, 503, error, has_begun=False)
             return
         self._open += 1
         self._tasks.create_task(self._serve(message), name="api request")
@@ -124,37 +134,44 @@ class NatsApi:
         headers = message.headers or {}
         asked = headers.get(REQUEST_ID, "") or headers.get("X-Request-Id", "")
         request_id = self._running.begin(asked)
+        status, told = 0, None
         try:
-            await self._answer(message, request_id)
+            status = await self._answer(message, request_id)
         except ClientError as error:
+            told = error
             self._fail(message, request_id, error)
         except Exception:  # noqa: BLE001 - the edge: a bug here must not be a hang there
             _log.exception("api request failed request_id=%s", request_id)
-            bug = ClientError(500, "internal error", code="internal_error")
-            self._fail(message, request_id, bug)
+            told = ClientError(500, "internal error", code="internal_error")
+            self._fail(message, request_id, told)
         finally:
             self._open -= 1
+            if told is not None:
+                status = told.status
+            if status:
+                self._dispatch.stories.answered(request_id, message.subject, status, told)
             self._running.end(request_id)
 
     def _fail(self, message: Message, request_id: str, error: ClientError) -> None:
         ReplyWriter(self._bus, message.reply, request_id).fail(error)
 
-    async def _answer(self, message: Message, request_id: str) -> None:
+    async def _answer(self, message: Message, request_id: str) -> int:
+        """The status that the client was told; 0 if it went. Raises ClientError."""
         endpoint = self._subjects.endpoint_of(message.subject)
         if endpoint == "models":
             writer = ReplyWriter(self._bus, message.reply, request_id)
             writer.write(self._models())
             writer.finish()
-            return
+            return writer.status
         if endpoint not in ("chat.completions", "completions"):
             raise ClientError(404, f"no endpoint `{endpoint}`", code="not_found")
         if len(message.payload) > self._max_body_bytes:
             text = f"the body is larger than {self._max_body_bytes} bytes"
             raise ClientError(413, text, code="body_too_large")
         prepare = self._front.chat if endpoint == "chat.completions" else self._front.completion
-        await self._run(message, request_id, await prepare(message.payload, request_id))
+        return await self._run(message, request_id, await prepare(message.payload, request_id))
 
-    async def _run(self, message: Message, request_id: str, prepared: Prepared) -> None:
+    async def _run(self, message: Message, request_id: str, prepared: Prepared) -> int:
         over = asyncio.Event()
         token = str(next(self._tokens))
         watch = self._dispatch.watch_client(token, over.set)
@@ -171,6 +188,7 @@ class NatsApi:
                 await whole.done.wait()
                 writer.write(await whole.rendered())
                 writer.finish()
+            return writer.status
         finally:
             self._dispatch.inbox.unwatch_client(token)
 

@@ -4,7 +4,6 @@ Both fronts begin and end every request here, so that an id that two clients cho
 requests, and so that a router that leaves can tell all its clients.
 """
 
-import asyncio
 from collections.abc import Callable
 
 from protocol.errors import ClientError
@@ -23,16 +22,9 @@ class Running:
         self._dispatch = dispatch
         self.new_id = new_id
         self._sinks: dict[str, JoinedSink | None] = {}
-        self._idle = asyncio.Event()
 
     def __len__(self) -> int:
         return len(self._sinks)
-
-    async def idle(self) -> None:
-        """Returns when no request is in progress."""
-        while self._sinks:
-            self._idle.clear()
-            await self._idle.wait()
 
     def begin(self, asked: str) -> str:
         """The request's id: the client's if it is a name, marked if that is already in use."""
@@ -41,6 +33,7 @@ class Running:
             mark = self.new_id()[: _MARK - 1]
             request_id = f"{request_id[: MAX_NAME - _MARK]}-{mark}"
         self._sinks[request_id] = None
+        self._dispatch.stories.began(request_id)
         return request_id
 
     def start(self, request_id: str, prepared: Prepared, sink: JoinedSink) -> None:
@@ -56,8 +49,7 @@ class Running:
         sink = self._sinks.pop(request_id, None)
         if sink is not None:
             sink.cancel_all()
-        if not self._sinks:
-            self._idle.set()
+        self._dispatch.stories.over(request_id)
 
     def abort_all(self, error: ClientError) -> None:
         """Every client is told `error` now."""

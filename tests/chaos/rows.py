@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
-from tests.chaos import rows_bus, rows_clients, rows_fleet
+from tests.chaos import rows_bus, rows_clients, rows_fleet, rows_rolling
 from tests.chaos.clients import start, wave
 from tests.chaos.faults import FAULTS
 from tests.chaos.points import POINTS, standing
@@ -50,6 +50,6 @@ MATRIX: Final = tuple(
 )
 ROWS: Final = MATRIX + tuple(
     Row(name, run, **more)
-    for group in (rows_fleet.ROWS, rows_bus.ROWS, rows_clients.ROWS)
+    for group in (rows_fleet.ROWS, rows_bus.ROWS, rows_clients.ROWS, rows_rolling.ROWS)
     for name, run, more in group
 )

@@ -69,6 +69,36 @@ async def test_a_queue_group_shares_and_others_get_all(world: World) -> None:
     assert all(member.messages for member in members)
 
 
+async def test_a_member_that_drains_loses_nothing(world: World) -> None:
+    """Under load, with members that come and go: every message is heard once."""
+    sender, total = await started(world), Listener()
+    bus = await started(world)
+    staying = await bus.subscribe("q", total, queue="routers")
+    sent = 0
+    for _ in range(20):
+        leaving = await (await started(world)).subscribe("q", total, queue="routers")
+        for number in range(sent, sent := sent + 200):
+            sender.publish("q", str(number).encode())
+        await asyncio.sleep(0)
+        await leaving.drain(timeout_s=5)
+    await total.have(sent)
+    assert sorted(map(int, total.payloads)) == list(range(sent))
+    await staying.drain(timeout_s=5)
+    await staying.close()
+    sender.publish("q", b"late")
+    await sender.flush(timeout_s=5)
+    await bus.flush(timeout_s=5)
+    assert len(total.messages) == sent
+
+
+async def test_a_drain_without_a_server_ends(world: World) -> None:
+    bus = await started(world)
+    subscription = await bus.subscribe("q", Listener())
+    world.kill()
+    async with asyncio.timeout(PATIENCE_S):
+        await subscription.drain(timeout_s=0.5)
+
+
 async def test_nobody_listening_is_said_on_the_reply_subject(world: World) -> None:
     bus, gone = await started(world), Listener()
     await bus.subscribe("gone.*", gone)

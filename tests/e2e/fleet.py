@@ -185,11 +185,19 @@ class Fleet(RouterView):
     # --- beside `baton up` ---
 
     def add_router(self, name: str, *flags: str, num_workers: int | None = None) -> Process:
-        """Another router on the same bus, ready when it sees as many workers as the first one."""
+        """Another router on the same bus, ready when it says so, on NATS too, and sees as many
+        workers as the first one."""
         wanted = len(self.eligible()) if num_workers is None else num_workers
+        before = self._num_ready(name)
         process = self._add(name, "router", [f"--port={(port := free_port())}", *flags], port)
+        self.until(lambda: self._num_ready(name) > before, what=f"{name} to be ready")
         self.until(lambda: self._num_seen(port) >= wanted, what=f"{name} to see the workers")
         return process
+
+    def _num_ready(self, name: str) -> int:
+        """How often a router of that name has said that it is ready."""
+        log = self._log_of(name)
+        return log.read_text(errors="replace").count("router ready") if log.exists() else 0
 
     def _num_seen(self, port: int) -> float:
         """From the metrics, which need no API key; 0 if there is no answer yet."""
@@ -213,7 +221,7 @@ class Fleet(RouterView):
         return self._start(name, role, command, port)
 
     def _start(self, name: str, role: str, command: Sequence[str], port: int) -> Process:
-        log = self._folder / "logs" / f"{name}-added.log"
+        log = self._log_of(name)
         with log.open("ab") as output:
             started = subprocess.Popen(
                 command,
@@ -225,6 +233,10 @@ class Fleet(RouterView):
         process = Process(name, role, started.pid, port, log)
         self._extra[name] = (process, started)
         return process
+
+    def _log_of(self, name: str) -> Path:
+        """Of what was started beside `baton up`; one for all of the same name."""
+        return self._folder / "logs" / f"{name}-added.log"
 
     def stop_extra(self, name: str, *, timeout_s: float = STOP_S) -> int:
         """End what `add_router` or `add_worker` started; its exit code, negative for a signal."""

@@ -1,0 +1,71 @@
+"""What a router gets from its parent, if it has one: the listening sockets, and a line to it.
+
+The line is a socket pair. The router says on it that it is ready; the parent says that others serve
+in its place; that it closes says that the other side is gone. Knows no HTTP and no bus.
+"""
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Callable, Sequence
+from typing import Final, Self
+
+from protocol.errors import ConfigError
+
+READY: Final = b"r"
+RELIEVED: Final = b"l"
+
+
+class Inherited:
+    """The child's end."""
+
+    def __init__(
+        self, listeners: Sequence[socket.socket], line: socket.socket, *, is_successor: bool
+    ) -> None:
+        self.listeners = tuple(listeners)
+        self.is_successor = is_successor
+        """Others serve already: take part only when as able as they are."""
+        self._is_orphan = False
+        self._line = line
+        self._is_relieved = False
+        self._on_orphaned: Callable[[], None] = lambda: None
+        line.setblocking(False)
+
+    @classmethod
+    def of(cls, listen_fds: str, line_fd: str, *, is_successor: bool) -> Self:
+        """From the flags that the parent gives. Raises ConfigError."""
+        try:
+            listeners = [socket.socket(fileno=int(text)) for text in listen_fds.split(",")]
+            line = socket.socket(fileno=int(line_fd))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"not started by `baton router --processes`: {error}") from None
+        for inherited in (*listeners, line):
+            inherited.set_inheritable(False)
+        return cls(listeners, line, is_successor=is_successor)
+
+    def watch(self, on_orphaned: Callable[[], None]) -> None:
+        """Call `on_orphaned` when the parent is gone. Needs a running loop."""
+        self._on_orphaned = on_orphaned
+        asyncio.get_running_loop().add_reader(self._line, self._read)
+
+    def say_ready(self) -> None:
+        with contextlib.suppress(OSError):  # it is gone: the reader says so
+            self._line.send(READY)
+
+    def is_relieved(self) -> bool:
+        """Others accept on our sockets. Said before the signal, so it is known when that comes."""
+        self._read()
+        return self._is_relieved
+
+    def _read(self) -> None:
+        try:
+            data = self._line.recv(64)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        self._is_relieved |= RELIEVED in data
+        if not data and not self._is_orphan:
+            self._is_orphan = True
+            asyncio.get_running_loop().remove_reader(self._line)
+            self._on_orphaned()
