@@ -10,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 
-.PHONY: help up test test-vllm sim check model fmt bench chaos overload soak clean
+.PHONY: help up test test-vllm sim fuzz check model fmt bench chaos overload soak clean
 
 help:
 	@echo "make up      start nats-server, etcd, a router, a prefill and a decode worker (ENGINE=torch|simulated PORT=8000)"
@@ -122,6 +122,13 @@ overload: $(VENV)/.dev
 
 soak: $(VENV)/.dev
 	$(BIN)/python -m tests.chaos.soak --transport '$(TRANSPORT)' --minutes $(MINUTES) --clients $(CLIENTS) $(if $(JSON),--json '$(JSON)')
+
+# Hostile bytes for everything that reads what others wrote; a table, and an error if any is bad.
+SECONDS ?= 60
+SEED ?= 0
+ONLY ?=
+fuzz: $(VENV)/.dev
+	$(BIN)/python -m tests.fuzz --seconds $(SECONDS) --seed $(SEED) --only '$(ONLY)'
 
 clean:
 	rm -rf $(VENV) .state build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

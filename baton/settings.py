@@ -103,6 +103,8 @@ def load_settings(
         built = msgspec.convert(values, config, strict=False)
     except msgspec.ValidationError as error:
         raise ConfigError(_where(str(error))) from None
+    except UnicodeEncodeError as error:  # bytes of a variable that are no UTF-8
+        raise ConfigError(f"a setting is not valid text: {error.object!r}") from None
     built.check()
     return built
 
@@ -130,6 +132,8 @@ def _read(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         text = " ".join(str(error).split())
         raise ConfigError(f"{path} is not YAML: {text}") from None
+    except RecursionError:
+        raise ConfigError(f"{path} is nested too deeply") from None
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):

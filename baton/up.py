@@ -83,6 +83,13 @@ def _setting(text: str) -> tuple[str, str, str]:
     return role, name.replace("-", "_"), value
 
 
+class _Process(msgspec.Struct):
+    """What of an entry in `processes.json` is read again."""
+
+    name: str
+    pid: int
+
+
 @dataclass(slots=True)
 class Child:
     name: str
@@ -145,11 +152,11 @@ class _Fleet:
         path = self._options.state_dir / "processes.json"
         if not path.exists():
             return
-        for entry in msgspec.json.decode(path.read_bytes()):
-            command = Path(f"/proc/{entry['pid']}/cmdline")
+        for name, pid in open_processes(path):
+            command = Path(f"/proc/{pid}/cmdline")
             if command.exists() and str(self._options.state_dir).encode() in command.read_bytes():
                 raise ConfigError(
-                    f"{entry['name']} (pid {entry['pid']}) of another fleet still runs in "
+                    f"{name} (pid {pid}) of another fleet still runs in "
                     f"{self._options.state_dir}: stop it, or use another --state-dir"
                 )
 
@@ -320,6 +327,15 @@ async def _end(group: list[Child], stop_now: asyncio.Event) -> None:
             with contextlib.suppress(ProcessLookupError):
                 child.process.kill()
     await asyncio.wait(waiters)
+
+
+def open_processes(path: Path) -> list[tuple[str, int]]:
+    """Name and pid of what a fleet started, by its `processes.json`. Raises ConfigError."""
+    try:
+        entries = msgspec.json.decode(path.read_bytes(), type=list[_Process])
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        raise ConfigError(f"{path} is damaged: see what still runs, and remove it") from None
+    return [(entry.name, entry.pid) for entry in entries]
 
 
 async def _get_json(host: str, port: int, path: str) -> dict[str, Any] | None:

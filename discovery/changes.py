@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 
 import msgspec
 
-from protocol.worker_info import WorkerInfo
+from protocol.worker_info import WorkerInfo, problem
 
 
 class Joined(msgspec.Struct, frozen=True):
@@ -44,11 +44,13 @@ def encode_worker(info: WorkerInfo) -> bytes:
 
 
 def decode_worker(value: bytes) -> WorkerInfo | None:
-    """The worker described by a stored value; None if the value cannot be read."""
+    """The worker described by a stored value; None if the value cannot be read, or says what
+    cannot be."""
     try:
-        return _decoder.decode(value)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+        info = _decoder.decode(value)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
+    return None if problem(info) else info
 
 
 def diff(old: Mapping[str, WorkerInfo], new: Mapping[str, WorkerInfo]) -> list[Change]:

@@ -4,9 +4,11 @@ It must be readable by a router of another version: new fields have defaults, ty
 unknown fields are ignored.
 """
 
-from typing import Literal
+from typing import Final, Literal
 
 import msgspec
+
+from protocol.ids import is_name
 
 Role = Literal["prefill", "decode", "both"]
 
@@ -70,3 +72,24 @@ class WorkerInfo(msgspec.Struct, frozen=True):
     draining: bool = False
     transport_reasons: dict[str, str] = {}
     """Of every known transport: why it runs here, or why not; for people."""
+
+
+MAX_TEXT: Final = 4096
+MAX_SIZE: Final = 1 << 50
+"""Above every size of a machine that is built."""
+
+
+def problem(info: WorkerInfo) -> str:
+    """Why this cannot be a worker, or empty. What others built their books on must hold: names
+    become subjects, a block has tokens, a worker can hold something."""
+    if not (is_name(info.worker_id) and is_name(info.incarnation)):
+        return "its id or incarnation is no name"
+    if not 0 < len(info.model) <= MAX_TEXT or len(info.model_digest) > MAX_TEXT:
+        return "its model has no name, or one too long"
+    layout, capacity = info.layout, info.capacity
+    sizes = (
+        layout.block_size, capacity.num_blocks, capacity.max_running, capacity.max_context,
+    )  # fmt: skip
+    if not all(0 < size <= MAX_SIZE for size in sizes) or not 0 <= layout.block_bytes <= MAX_SIZE:
+        return "a size of its blocks or its capacity cannot be"
+    return ""

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, Final
 
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -15,6 +15,9 @@ from router.catalog import Catalog
 from router.dispatch import Dispatch
 from router.metrics import RouterMetrics
 from router.scheduling.fleet import WorkerView
+
+MAX_ID: Final = 128
+"""Characters of an unknown id that are said back."""
 
 
 def package_version() -> str:
@@ -50,7 +53,7 @@ class Admin:
             web.get("/version", self._version),
             web.get("/metrics", self._render),
             web.get("/cluster_info", self._cluster_info),
-            web.get("/debug/requests/{id}", self._story),
+            web.get("/debug/requests/{id:.+}", self._story),
         ]
 
     async def _live(self, _request: web.Request) -> web.Response:
@@ -85,14 +88,16 @@ class Admin:
         )
 
     async def _story(self, request: web.Request) -> web.Response:
-        """What happened to a request, leg by leg; also for the last ones that ended."""
+        """What happened to a request, leg by leg; also for the last ones that ended. The id may be
+        that of the answer, and may name one choice."""
         wanted = request.match_info["id"].removeprefix("chatcmpl-").removeprefix("cmpl-")
-        choice = wanted if "/" in wanted else f"{wanted}/0"
-        story = self._dispatch.scheduler.story(choice)
-        if not story:
-            raise ClientError(404, f"nothing is known of request `{wanted}`", code="not_found")
-        lines = [{"at_s": round(entry[0], 4), "what": entry[1]} for entry in story]
-        return _json({"choice": choice, "story": lines})
+        story = self._dispatch.stories.of(wanted)
+        if story is None:
+            text = (
+                f"this router knows nothing of request `{wanted[:MAX_ID]}`: it has forgotten it, "
+            )
+            raise ClientError(404, f"{text}or another router served it", code="unknown_request")
+        return _json({"router": self._dispatch.router_id, **story})
 
     async def _render(self, _request: web.Request) -> web.Response:
         """Gauges are set on the loop, the text is made in a thread: it takes milliseconds."""

@@ -8,6 +8,7 @@ never of tokens. Nothing here decides; what is late finds no attempt and changes
 import asyncio
 import logging
 import random
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Final
@@ -31,14 +32,16 @@ from protocol.jobs import (
 )
 from protocol.mailbox import Mailer
 from protocol.subjects import Subjects
+from router.attempts import Attempt, Attempts
 from router.choices import Choice, ChoiceSink, ChoiceSpec
-from router.inbox import Attempt, Attempts, Inbox
+from router.inbox import Inbox
 from router.metrics import RouterMetrics
 from router.outcomes import client_error
 from router.scheduling import commands as cmd
 from router.scheduling import events as ev
 from router.scheduling.limits import Limits
 from router.scheduling.scheduler import Scheduler
+from router.stories import Stories
 
 _log = logging.getLogger("baton.router")
 
@@ -64,9 +67,12 @@ class Dispatch:
         metrics: RouterMetrics,
         rng: random.Random,
         clock: Callable[[], float],
+        wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self.router_id = router_id
         self.scheduler = Scheduler(limits, self, rng)
+        past = self.scheduler.past
+        self.stories = Stories(clock, wall_clock, past, metrics.error_answer)
         self._bus = bus
         self._subjects = subjects
         self._metrics = metrics
@@ -90,6 +96,7 @@ class Dispatch:
             post=self._post,
             later=asyncio.get_running_loop().call_later,
             is_known=self.scheduler.has_worker,
+            tell=self.stories.noted,
         )
 
     # --- life ---
@@ -133,6 +140,7 @@ class Dispatch:
         now = self._clock()
         choice = Choice(spec, sink, arrived_at=now, prompt_tokens=spec.num_prompt_tokens)
         self._choices[spec.choice] = choice
+        self.stories.submitted(spec.choice, spec.model)
         self._metrics.started(spec.model)
         prompt = spec.prompt
         self.feed(
@@ -258,7 +266,7 @@ class Dispatch:
             case cmd.AskReplay():
                 entry = self._attempts.live.get(attempt)
                 if entry is not None:
-                    self.inbox.ask_replay(attempt, entry, self._clock())
+                    self.inbox.ask_replay(attempt, entry, self._clock(), command.cause)
 
     def _start(self, command: cmd.StartPrefill | cmd.StartDecode, now: float) -> None:
         choice = self._choices[command.choice]
@@ -313,10 +321,14 @@ class Dispatch:
                 command.code,
             )
         param = choice.spec.grammar_param or None
-        choice.sink.ended(choice, None if completed else client_error(command, param))
+        error = None if completed else client_error(command, param)
+        self.stories.choice_ended(command, error, choice.num_shown)
+        choice.sink.ended(choice, error)
 
     def _note(self, note: cmd.Note) -> None:
         self._metrics.note(note.kind, note.cause)
+        if note.choice and note.kind != "replay":  # those are told where they are asked for
+            self.stories.noted(note.choice, note.kind, note.cause, note.worker)
         if note.kind == "removed":
             self.inbox.forget_unknown()
         if note.kind != "late":
@@ -375,6 +387,8 @@ class Dispatch:
             subject = self._subjects.jobs(worker, incarnation)
             reply = await self._bus.request(subject, ask, timeout_s=5.0)
             snapshot = decode_snapshot(reply.payload)
+            if (snapshot.worker, snapshot.incarnation) != (worker, incarnation):
+                raise BadMessage("another worker's snapshot")
         except (BusError, BadMessage) as error:
             _log.info("no KV snapshot worker=%s: %s", worker, error)
             return

@@ -94,7 +94,8 @@ class FleetFeed:
             return
         worker, incarnation = envelope.worker, envelope.incarnation
         if message.subject != self._subjects.events_or_none(worker):
-            self._dispatch.inbox.bad_message(message.subject, BadMessage("another worker's name"))
+            problem = BadMessage("another worker's name")
+            self._dispatch.inbox.bad_message(message.subject, problem, "wrong_name")
             return
         for event in envelope.events:
             match event:

@@ -6,7 +6,6 @@ ours changes nothing and is answered with a cancel.
 
 import logging
 import sys
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +21,7 @@ from protocol.out import (
     Decoding,
     Delta,
     Failed,
+    Leg,
     Out,
     OutEnvelope,
     Prefilled,
@@ -30,7 +30,8 @@ from protocol.out import (
     StepFrame,
 )
 from protocol.subjects import Subjects
-from router.choices import Choice
+from router import claims
+from router.attempts import Attempt, Attempts
 from router.metrics import RouterMetrics
 from router.pairs import Way
 from router.scheduling import events as ev
@@ -46,53 +47,7 @@ REPLAY_S: Final = 0.2
 TAIL_S: Final = 0.15
 """An envelope may be overtaken by a load report for so long."""
 MAX_STRAYS: Final = 4096
-MAX_DONE: Final = 16_384
 MAX_SOURCES: Final = 16_384
-
-
-@dataclass(slots=True, eq=False)
-class Attempt:
-    """One dispatch, as the driver must remember it."""
-
-    choice: Choice
-    worker: str
-    incarnation: str
-    leg: str
-    started_at: float
-    heard_at: float
-    prefilled: bool = False
-    decoding: bool = False
-    asked_at: float = float("-inf")
-    """When a replay was last asked for, and from which output index."""
-    asked_from: int = -1
-
-
-class Attempts:
-    """The attempts in flight, and the last few that ended well.
-
-    A late repeat of the latter (the answer to a replay that crossed the outcome) must not be
-    answered with a cancel or a release: its handle may be on its way to a decode worker.
-    """
-
-    def __init__(self) -> None:
-        self.live: dict[int, Attempt] = {}
-        self._done: OrderedDict[int, None] = OrderedDict()
-
-    def add(self, number: int, attempt: Attempt) -> None:
-        self.live[number] = attempt
-        attempt.choice.attempts.add(number)
-
-    def drop(self, number: int, *, done: bool = False) -> None:
-        entry = self.live.pop(number, None)
-        if entry is not None:
-            entry.choice.attempts.discard(number)
-        if done:
-            self._done[number] = None
-            if len(self._done) > MAX_DONE:
-                self._done.popitem(last=False)
-
-    def is_done(self, number: int) -> bool:
-        return number in self._done
 
 
 @dataclass(slots=True, eq=False)
@@ -122,8 +77,10 @@ class Inbox:
         post: Post,
         later: Callable[[float, Callable[[], None]], object],
         is_known: Callable[[str, str], bool] = lambda _worker, _incarnation: True,
+        tell: Callable[[str, str, str, str], None] = lambda _choice, _kind, _cause, _worker: None,
     ) -> None:
-        """`is_known`: whether that worker process still counts; the others are not numbered."""
+        """`is_known`: whether that worker process still counts; the others are not numbered.
+        `tell`: what belongs into a choice's story."""
         self._attempts = attempts
         self._subjects = subjects
         self._metrics = metrics
@@ -132,6 +89,8 @@ class Inbox:
         self._post = post
         self._later = later
         self._is_known = is_known
+        self._tell = tell
+        self._transports = claims.Labels()
         self._sources: dict[tuple[str, str], _Source] = {}
         self._strays: dict[tuple[str, int], float] = {}
         self._on_client_gone: dict[str, Callable[[], None]] = {}
@@ -159,7 +118,7 @@ class Inbox:
             self.bad_message(message.subject, error)
             return
         if not (message.subject.endswith(f".{envelope.worker}") and is_name(envelope.incarnation)):
-            self.bad_message(message.subject, BadMessage("another worker's name"))
+            self.bad_message(message.subject, BadMessage("another worker's name"), "wrong_name")
             return
         now = self._clock()
         source = self._source(envelope.worker, envelope.incarnation)
@@ -184,10 +143,11 @@ class Inbox:
             source = self._sources[key] = _Source()
         return source
 
-    def ask_replay(self, number: int, entry: Attempt, now: float) -> None:
+    def ask_replay(self, number: int, entry: Attempt, now: float, cause: str) -> None:
         """Ask for what the stream does not have yet."""
         have = len(entry.choice.output)
         entry.asked_at, entry.asked_from = now, have
+        self._tell(entry.choice.id, "replay", cause, entry.worker)
         self._post(entry.worker, entry.incarnation, Replay(number, have))
 
     def _on_frame(self, envelope: OutEnvelope, frame: StepFrame, now: float) -> None:
@@ -195,28 +155,34 @@ class Inbox:
         gap = -1.0
         for delta in frame.deltas:
             entry = attempts.get(delta.attempt)
-            if entry is None or entry.incarnation != envelope.incarnation:
+            if entry is None or not entry.is_of(envelope):
                 self._stray(envelope, delta.attempt, now)
                 continue
             if gap < 0.0 and entry.choice.last_at:
                 gap = now - entry.choice.last_at
                 self._metrics.token_gap(entry.choice.spec.model, gap)
-            self._deliver(entry, delta, now)
+            self._deliver(delta.attempt, entry, delta, now)
         self._metrics.tokens(len(frame.deltas))
 
-    def _deliver(self, entry: Attempt, delta: Delta, now: float) -> None:
-        """Give one delta to its stream, exactly once and in order."""
-        entry.heard_at = now
+    def _deliver(self, number: int, entry: Attempt, delta: Delta, now: float) -> None:
+        """Give one delta of the attempt `number` to its stream, exactly once and in order. What
+        brings nothing new is no sign of life: it could be said for ever."""
         choice = entry.choice
         have = len(choice.output)
         if delta.index != have:
             asked_now = entry.asked_from == have and now - entry.asked_at < REPLAY_S
             if delta.index > have and not asked_now:  # something before it was lost
-                self.ask_replay(delta.attempt, entry, now)
+                self._metrics.note("replay", "hole")
+                self.ask_replay(number, entry, now, "hole")
             return
-        if not have and not self._begins(entry, delta, now):
+        if not have and not self._begins(number, entry, now):
             return
-        choice.output.extend(delta.ids)
+        ids = claims.new_ids(delta, have, choice.spec.sampling.max_tokens)
+        if ids is None:
+            self._disbelieve(number, entry, "a delta that cannot be")
+            return
+        entry.heard_at = now
+        choice.output.extend(ids)
         choice.chars += len(delta.text)
         choice.last_at = now
         choice.finish = delta.finish
@@ -227,15 +193,23 @@ class Inbox:
             self._feed(ev.ClientGone(choice.id))
             return
         if delta.finish and entry.leg == "decode":
-            self._feed(ev.Ended(delta.attempt))
+            self._feed(ev.Ended(number))
 
-    def _begins(self, entry: Attempt, delta: Delta, now: float) -> bool:
+    def _disbelieve(self, number: int, entry: Attempt, what: str) -> None:
+        """The worker said what cannot be true: the attempt is over, whatever else it may say."""
+        self._metrics.note("disbelieved", what.replace(" ", "_"))
+        _log.warning("disbelieved worker=%s choice=%s: %s", entry.worker, entry.choice.id, what)
+        leg: Leg = "prefill" if entry.leg == "prefill" else "decode"
+        self._feed(ev.AttemptFailed(number, leg, "engine", f"{entry.worker} said {what}"))
+
+    def _begins(self, number: int, entry: Attempt, now: float) -> bool:
         """Whether a stream may have its first token: not before what belongs in front of it, which
         was lost if the token is here. A worker that has said its part has no more to say."""
         choice = entry.choice
         if choice.lacks_prompt and not (entry.prefilled or entry.decoding):
             if now - entry.asked_at >= REPLAY_S:
-                self.ask_replay(delta.attempt, entry, now)
+                self._metrics.note("replay", "lost_prompt")
+                self.ask_replay(number, entry, now, "lost_prompt")
             return False
         if not choice.first_at:
             choice.first_at = now
@@ -246,19 +220,31 @@ class Inbox:
         if isinstance(out, StepFrame):
             return
         entry = self._attempts.live.get(out.attempt)
-        if entry is None or entry.incarnation != envelope.incarnation:
+        if entry is None or not entry.is_of(envelope):
             self._on_stray_outcome(envelope, out, now)
             return
-        entry.heard_at = now
+        handle = out.handle if isinstance(out, Accepted | Prefilled) else None
+        if handle and not claims.is_own_handle(handle, entry.worker, entry.incarnation):
+            self._disbelieve(out.attempt, entry, "a handle that cannot be")
+            return
+        self._on_own_outcome(entry, out, now)
+
+    def _on_own_outcome(self, entry: Attempt, out: Outcome, now: float) -> None:
         match out:
             case Accepted():
                 if out.handle is not None:
                     entry.choice.lent_at = entry.choice.lent_at or now
                 self._feed(ev.Accepted(out.attempt, out.handle))
             case Refused():
-                self._feed(ev.Refused(out.attempt, out.reason))
+                reason = claims.refusal(out.reason)
+                self._metrics.note("refused", reason)
+                self._tell(entry.choice.id, "refused", reason, entry.worker)
+                self._feed(ev.Refused(out.attempt, reason))
             case Progress():
-                self._feed(ev.Progressed(out.attempt))
+                if entry.advance.moved(out.done, out.total):
+                    self._feed(ev.Progressed(out.attempt))
+                else:
+                    self._metrics.note("late", "no_progress")
             case Prefilled():
                 self._on_prefilled(entry, out, now)
             case Decoding():
@@ -280,15 +266,17 @@ class Inbox:
             self._post(envelope.worker, envelope.incarnation, release)
 
     def _on_failed(self, entry: Attempt, out: Failed) -> None:
+        self._metrics.note("failed", out.code)
+        message = claims.text(out.message)
         _log.info(
             "attempt failed choice=%s worker=%s leg=%s code=%s message=%s",
             entry.choice.id,
             entry.worker,
             out.leg,
             out.code,
-            out.message,
+            message,
         )
-        self._feed(ev.AttemptFailed(out.attempt, out.leg, out.code, out.message))
+        self._feed(ev.AttemptFailed(out.attempt, out.leg, out.code, message))
 
     def _on_prefilled(self, entry: Attempt, out: Prefilled, now: float) -> None:
         if entry.prefilled:  # a repeat of what we have, after a replay
@@ -297,35 +285,43 @@ class Inbox:
         choice = entry.choice
         if out.handle is not None:
             choice.lent_at = now
+        cached = claims.count(out.cached_tokens, choice.spec.num_prompt_tokens)
         if not choice.output:
-            choice.cached_tokens = out.cached_tokens
+            choice.cached_tokens = cached
         if choice.prompt_logprobs is None:
             choice.prompt_logprobs = out.prompt_logprobs
-        self._metrics.prefilled(choice.spec.model, out.queue_s, out.prefill_s)
+        queue_s, prefill_s = claims.seconds(out.queue_s), claims.seconds(out.prefill_s)
+        self._metrics.prefilled(choice.spec.model, queue_s, prefill_s)
         if out.first is not None:
-            self._deliver(entry, out.first, now)
+            self._deliver(out.attempt, entry, out.first, now)
         ended = out.first is not None and bool(out.first.finish)
-        self._feed(ev.Prefilled(out.attempt, out.handle, ended, out.cached_tokens))
+        self._feed(ev.Prefilled(out.attempt, out.handle, ended, cached))
 
     def _on_decoding(self, entry: Attempt, out: Decoding, now: float) -> None:
         choice = entry.choice
         if not entry.decoding:  # else a repeat, which is only a sign of life
             entry.decoding = True
             if not choice.output and out.cached_tokens:
-                choice.cached_tokens = out.cached_tokens
+                most = choice.spec.num_prompt_tokens
+                choice.cached_tokens = claims.count(out.cached_tokens, most)
             if choice.prompt_logprobs is None:
                 choice.prompt_logprobs = out.prompt_logprobs
-            if out.transport:
-                self._metrics.transfer(
-                    choice.spec.model, out.transport, out.transfer_bytes, out.transfer_s
-                )
-            if out.source:
-                way = Way(out.transport, out.transport_reason)
-                self._metrics.pairs.used(out.source, entry.worker, way, out.transfer_bytes)
+            self._on_transfer(entry, out)
             if choice.lent_at:
                 self._metrics.handle_used(choice.spec.model, now - choice.lent_at)
                 choice.lent_at = 0.0
         self._feed(ev.DecodingStarted(out.attempt))
+
+    def _on_transfer(self, entry: Attempt, out: Decoding) -> None:
+        num_bytes = claims.count(out.transfer_bytes)
+        transport = self._transports.of(out.transport) if out.transport else ""
+        if transport:
+            took_s = claims.seconds(out.transfer_s)
+            self._metrics.transfer(entry.choice.spec.model, transport, num_bytes, took_s)
+        source = claims.name(out.source)
+        if source:
+            way = Way(transport, claims.text(out.transport_reason))
+            self._metrics.pairs.used(source, entry.worker, way, num_bytes)
 
     def _stray(self, envelope: OutEnvelope, attempt: int, now: float) -> None:
         """An attempt we do not have: tell the worker to stop it, once a second at most."""
@@ -350,9 +346,10 @@ class Inbox:
         if on_gone is not None:
             on_gone()
 
-    def bad_message(self, subject: str, error: BadMessage) -> None:
+    def bad_message(self, subject: str, error: BadMessage, cause: str = "undecodable") -> None:
         """Count rubbish; say so once a minute."""
         self._metrics.bad_message()
+        self._metrics.note("bad_message", cause)
         self._bad += 1
         now = self._clock()
         if now - self._bad_logged_at >= 60.0:

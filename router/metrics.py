@@ -101,6 +101,11 @@ class RouterMetrics:
             "baton_http_requests", "HTTP requests by path and status.", ["path", "status"],
             registry=r,
         )  # fmt: skip
+        self.errors = Counter(
+            "baton_error_answers",
+            "Answers that were an error, over HTTP and NATS, by status and error code.",
+            ["status", "code"], registry=r,
+        )  # fmt: skip
         self.slow_clients = Counter(
             "baton_slow_clients", "Streams aborted because the client took nothing.", registry=r
         )
@@ -152,6 +157,9 @@ class RouterMetrics:
 
     def note(self, kind: str, cause: str) -> None:
         self.notes.labels(kind, cause).inc()
+
+    def error_answer(self, status: int, code: str) -> None:
+        self.errors.labels(str(status), code).inc()
 
     def bad_message(self) -> None:
         self.bad.inc()

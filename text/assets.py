@@ -110,7 +110,7 @@ def decode(data: bytes | bytearray | memoryview) -> ModelAssets:
         raise AssetsError(f"model assets are {len(data)} bytes, the limit is {MAX_BYTES}")
     try:
         assets = msgspec.msgpack.decode(data, type=ModelAssets)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise AssetsError(f"model assets cannot be decoded: {error}") from error
     _check_size(assets.files)
     if assets.digest != _digest(assets.files):

@@ -106,5 +106,5 @@ def _arguments(text: str, where: str) -> Any:
     """Clients send arguments as a JSON string, templates were written for the object itself."""
     try:
         return msgspec.json.decode(text) if text.strip() else {}
-    except (msgspec.DecodeError, UnicodeEncodeError) as error:
+    except (msgspec.DecodeError, UnicodeEncodeError, RecursionError) as error:
         raise MessagesError(f"{where} must be valid JSON", where) from error

@@ -42,6 +42,12 @@ def is_long(text: str) -> bool:
     return len(text) >= LONG_TEXT_CHARS
 
 
+def is_panic(error: BaseException) -> bool:
+    """Whether the tokenizers library met a bug of its own. It is no `Exception`, and would end
+    whatever runs here; its class cannot be imported."""
+    return type(error).__name__ == "PanicException"
+
+
 class _Backend(Protocol):
     """What the two kinds of tokenizers have in common."""
 
@@ -92,6 +98,10 @@ class Tokenizer:
             return self._backend.encode(text, add_special_tokens=add_special_tokens)
         except (UnicodeEncodeError, TypeError) as error:  # the library says TypeError
             raise ValueError("text has half a surrogate pair: not valid Unicode") from error
+        except BaseException as error:
+            if is_panic(error):
+                raise ValueError("the tokenizer broke on this text") from None
+            raise
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of a whole sequence. Unknown ids are left out, broken UTF-8 becomes U+FFFD."""
@@ -136,8 +146,10 @@ class _HuggingFaceBackend:
         description = assets.json(TOKENIZER_FILE)
         try:
             self._inner = tokenizers.Tokenizer.from_buffer(assets.files[TOKENIZER_FILE])
-        except Exception as error:  # the library raises plain Exception
-            raise AssetsError(f"{TOKENIZER_FILE} is not understood: {error}") from error
+        except BaseException as error:  # the library raises plain Exception
+            if not isinstance(error, Exception) and not is_panic(error):
+                raise
+            raise AssetsError(f"{TOKENIZER_FILE} is not understood: {error}") from None
         # a folder may carry the settings of its training run
         self._inner.no_truncation()
         self._inner.no_padding()

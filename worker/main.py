@@ -23,7 +23,7 @@ from protocol.errors import BadMessage, BusTimeout, ConfigError, NoResponders
 from protocol.jobs import JobEnvelope, Ping
 from protocol.nats_bus import NatsBus
 from protocol.subjects import Subjects
-from protocol.worker_info import WorkerInfo
+from protocol.worker_info import WorkerInfo, problem
 from worker.config import WorkerConfig
 from worker.engine.base import Engine, EngineInfo
 from worker.engine.build import build_engine
@@ -107,7 +107,7 @@ class _Running:
     def _info(self, engine: EngineInfo) -> WorkerInfo:
         config = self.config
         assets = engine.assets
-        return WorkerInfo(
+        info = WorkerInfo(
             worker_id=self.worker,
             incarnation=self.incarnation,
             role=config.role,
@@ -124,6 +124,9 @@ class _Running:
             labels=config.labels,
             transport_reasons=dict(engine.transport_reasons),
         )
+        if why := problem(info):
+            raise ConfigError(f"no router would believe in this worker: {why}")
+        return info
 
     def _serve_metrics(self, info: WorkerInfo) -> None:
         port = self.config.metrics_port

@@ -25,6 +25,9 @@ from router.scheduling.tables import Tables
 
 REFUSED_S: Final = 0.25
 """A worker that refused gets nothing new for so long."""
+MAX_IDLE_SIGNS: Final = 64
+"""Words about one attempt that brought neither a token nor progress: ten minutes of a worker that
+answers every stall, as one does that has put the sequence off."""
 GAP_PATIENCE: Final = 2
 _SAME_GAP_S: Final = 0.05
 _MISSES: Final = 2
@@ -44,8 +47,20 @@ class AttemptEvents:
 
     # -- signs of life
 
+    def _is_news(self, attempt: Attempt) -> bool:
+        """Whether this word counts as a sign of life. A worker that answers for ever and brings
+        nothing does not keep a choice for ever."""
+        output = self._t.view.num_output(attempt.choice.id)
+        if output > attempt.output_seen:
+            attempt.output_seen = output
+            attempt.idle_signs = 0
+        attempt.idle_signs += 1
+        return attempt.idle_signs <= MAX_IDLE_SIGNS
+
     def _sign(self, attempt: Attempt) -> None:
         t = self._t
+        if not self._is_news(attempt):
+            return
         attempt.sign = t.bus_now
         attempt.asked = None
         attempt.blameless = False
@@ -54,6 +69,7 @@ class AttemptEvents:
         worker.unreachable_at = None
         if attempt.phase == "sent":
             attempt.phase = "accepted"
+            attempt.trace.accepted_at = t.now
             attempt.choice.story.append((t.now, "accepted", worker.id))
         self._rearm(attempt)
 
@@ -90,6 +106,7 @@ class AttemptEvents:
         if attempt is None:
             self._t.note_late("progressed")
             return
+        attempt.idle_signs = 0
         self._sign(attempt)
 
     def _lend(self, attempt: Attempt) -> None:
@@ -130,6 +147,7 @@ class AttemptEvents:
         started = attempt.phase != "decoding"
         if started:
             attempt.phase = "decoding"
+            attempt.trace.decoding_at = t.now
         self._sign(attempt)
         if not started:
             return
@@ -175,6 +193,7 @@ class AttemptEvents:
         choice = attempt.choice
         if code in _FATAL and not (attempt is choice.prefill and choice.state == "decoding"):
             leg = event.leg
+            attempt.trace.cause = code
             t.close(attempt, done=True)
             self._mover.end(choice, "failed", _FATAL[code], leg=leg, message=event.message)
         elif code == "unknown_attempt":
@@ -195,7 +214,7 @@ class AttemptEvents:
         asked = False
         for attempt in worker.attempts.values():
             if attempt.asked is None or attempt.asked < recent:
-                t.ask_replay(attempt, patience=GAP_PATIENCE, blameless=True)
+                t.ask_replay(attempt, patience=GAP_PATIENCE, blameless=True, cause="gap")
                 asked = True
         if asked:
             t.out.append(Note("replay", "gap", worker.id))
@@ -226,7 +245,8 @@ class AttemptEvents:
             attempt.blameless = False
             t.bus_deadlines.arm(attempt.timer, heard + t.limits.stall_timeout_s)
         elif attempt.patience > 0:
-            t.ask_replay(attempt, patience=attempt.patience - 1, blameless=attempt.blameless)
+            patience, blameless = attempt.patience - 1, attempt.blameless
+            t.ask_replay(attempt, patience=patience, blameless=blameless, cause="no_replay")
         else:
             free = attempt.blameless
             self._mover.move(attempt, "no_replay", exclude=not free, free=free)
@@ -237,7 +257,7 @@ class AttemptEvents:
         if due > t.bus_now:
             t.bus_deadlines.arm(attempt.timer, due)
             return
-        t.ask_replay(attempt, patience=0, blameless=False)
+        t.ask_replay(attempt, patience=0, blameless=False, cause="stall")
         t.out.append(Note("replay", "stall", attempt.worker.id, attempt.choice.id))
 
     def _on_accept_due(self, attempt: Attempt) -> None:

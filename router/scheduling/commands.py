@@ -1,7 +1,7 @@
 """What the scheduler wants done. Imperatives; the driver runs them in order and never decides."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from protocol.errors import Outcome
@@ -59,6 +59,8 @@ class AskReplay:
     attempt: int
     worker: str
     incarnation: str
+    cause: Cause = field(default="", compare=False)
+    """For people: it changes nothing that is done."""
 
 
 @dataclass(frozen=True, slots=True)

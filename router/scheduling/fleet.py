@@ -201,7 +201,8 @@ class Fleet:
 
     def add(self, info: WorkerInfo, now: float) -> Worker:
         """A new incarnation; the caller has removed the one before."""
-        worker = Worker(info, self._group_for(info, now), self.index.join())
+        slot = self.index.join(2 * info.capacity.num_blocks)
+        worker = Worker(info, self._group_for(info, now), slot)
         self.by_slot[worker.slot] = worker
         self.workers[info.worker_id] = worker
         return worker

@@ -264,7 +264,7 @@ class FleetEvents:
     def _ask_all(self, worker: Worker) -> None:
         t = self._t
         for attempt in worker.attempts.values():
-            t.out.append(AskReplay(attempt.id, worker.id, worker.incarnation))
+            t.out.append(AskReplay(attempt.id, worker.id, worker.incarnation, "unreachable"))
         if worker.attempts:
             t.arm_bus(worker.reask, SECOND_UNREACHABLE_S)
 
@@ -290,7 +290,7 @@ class FleetEvents:
             return  # it was heard
         for attempt in worker.attempts.values():
             if attempt.sign <= since or attempt.asked is not None:
-                t.out.append(AskReplay(attempt.id, worker.id, worker.incarnation))
+                t.out.append(AskReplay(attempt.id, worker.id, worker.incarnation, "unreachable"))
 
     # -- our own bus
 
@@ -315,7 +315,7 @@ class FleetEvents:
             if worker.handles:
                 self.on_renew_due(worker)
         for attempt in t.attempts.values():
-            t.ask_replay(attempt, patience=AFTER_OUTAGE_PATIENCE, blameless=True)
+            t.ask_replay(attempt, patience=AFTER_OUTAGE_PATIENCE, blameless=True, cause="bus_up")
         if t.attempts:
             t.out.append(Note("replay", "bus_up"))
         t.dirty.update(t.fleet.models)

@@ -20,6 +20,7 @@ bug and raises with the story. This file decides nothing and knows no clock.
 """
 
 from collections import deque
+from dataclasses import dataclass
 from typing import Final, Literal
 
 from protocol.blocks import seed_of
@@ -70,6 +71,8 @@ LEG_OF: Final[dict[State, EndLeg]] = {
 """The leg that a choice is said to have ended in."""
 
 STORY_LINES: Final = 64
+STORY_LEGS: Final = 16
+"""A stream that makes progress may move for ever: the latest legs are remembered."""
 _MAX_GROUPS: Final = 4
 
 EXPECTED_OUTPUT: Final = 256
@@ -80,16 +83,40 @@ AttemptKind = Literal["prefill", "pull", "local"]
 Phase = Literal["sent", "accepted", "decoding"]
 
 
+@dataclass(slots=True, eq=False)
+class LegTrace:
+    """What people are told of one attempt. Times are the caller's `now`; 0 where it never was."""
+
+    attempt: int
+    kind: AttemptKind
+    worker: str
+    incarnation: str
+    sent_at: float
+    accepted_at: float = 0.0
+    decoding_at: float = 0.0
+    ended_at: float = 0.0
+    answered: bool = False
+    """Its worker said how it ended; else we stopped it."""
+    cause: str = ""
+    """Why it ended without an outcome."""
+
+
 class Attempt:
     """One dispatch to one incarnation. Times are bus time, which stands still in an outage."""
 
     __slots__ = (
-        "asked", "blameless", "choice", "id", "kind", "patience", "phase", "reservation", "sign",
-        "started", "timer", "worker",
+        "asked", "blameless", "choice", "id", "idle_signs", "kind", "output_seen", "patience",
+        "phase", "reservation", "sign", "started", "timer", "trace", "worker",
     )  # fmt: skip
 
     def __init__(
-        self, number: int, choice: "Choice", kind: AttemptKind, reservation: Reservation, at: float
+        self,
+        number: int,
+        choice: "Choice",
+        kind: AttemptKind,
+        reservation: Reservation,
+        at: float,
+        now: float,
     ) -> None:
         self.id = number
         self.choice = choice
@@ -102,11 +129,17 @@ class Attempt:
         """When anything of it was last heard."""
         self.asked: float | None = None
         """When a replay was asked for that is still unanswered."""
+        self.output_seen = -1
+        self.idle_signs = 0
+        """Words since the output last grew."""
         self.patience = 0
         """How often more a replay is asked for before the work moves."""
         self.blameless = False
         """The bus lost it, so the worker is not excluded when it moves."""
         self.timer = Timer("attempt", self)
+        worker = reservation.worker
+        self.trace = LegTrace(number, kind, worker.id, worker.incarnation, now)
+        choice.legs.append(self.trace)
 
 
 class Lent:
@@ -130,7 +163,7 @@ class Choice:
     """What one client waits for."""
 
     __slots__ = (
-        "backoff", "decode", "group", "hashes", "id", "lent", "pending_blocks", "prefill",
+        "backoff", "decode", "group", "hashes", "id", "legs", "lent", "pending_blocks", "prefill",
         "request_timer", "retrying", "spec", "state", "story", "timer", "tries",
     )  # fmt: skip
 
@@ -139,6 +172,8 @@ class Choice:
         self.spec = spec
         self.state: State = "queued"
         self.story: Story = deque(((now, "submitted", ""),), STORY_LINES)
+        self.legs: deque[LegTrace] = deque(maxlen=STORY_LEGS)
+        """Every attempt, the latest last."""
         self.prefill: Attempt | None = None
         """Not None iff a prefill attempt is open."""
         self.decode: Attempt | None = None

@@ -69,10 +69,10 @@ def candidates(
     if want.match:
         for slot in deepest(want.match, _HOLDERS, rng.randrange(num_slots)):
             holder = by_slot.get(slot)
-            if holder is not None and holder.incarnation in pool.members:
+            if holder is not None and pool.has(holder):
                 found[holder] = None
     shared = want.shared
-    if shared is not None and shared.worker.incarnation in pool.members:
+    if shared is not None and pool.has(shared.worker):
         found[shared.worker] = None
     for worker in pool.freest(_FREEST + len(want.excluded)):
         found[worker] = None

@@ -35,7 +35,7 @@ class Seat:
         self.worker = worker
         self.position = len(pool.order)
         pool.order.append(self)
-        pool.members[worker.incarnation] = self
+        pool.members[worker.id] = self
         capacity = worker.info.capacity
         self._sizes = (capacity.max_running, capacity.num_blocks)
         pool.max_running += capacity.max_running
@@ -68,7 +68,7 @@ class Seat:
         if last is not self:
             pool.order[self.position] = last
             last.position = self.position
-        del pool.members[self.worker.incarnation]
+        del pool.members[self.worker.id]
         pool.max_running -= self._sizes[0]
         pool.num_blocks -= self._sizes[1]
         pool.running -= self._running
@@ -89,6 +89,7 @@ class Pool:
         self.order: list[Seat] = []
         """For sampling; the order means nothing."""
         self.members: dict[str, Seat] = {}
+        """By worker id: two workers may claim one incarnation, one of them a liar."""
         self.buckets: list[dict[Seat, None]] = [{} for _ in range(FULL + 1)]
         self.occupied = 0
         """Bit n: bucket n is not empty."""
@@ -131,10 +132,14 @@ class Pool:
             found += [seat.worker for seat in islice(bucket, count - len(found))]
         return found
 
+    def has(self, worker: "Worker") -> bool:
+        """Whether this very process sits here, not its successor of the same name."""
+        seat = self.members.get(worker.id)
+        return seat is not None and seat.worker is worker
+
     def all_in(self, incarnations: set[str]) -> bool:
         """True if nobody else is here (also if nobody is)."""
-        members = self.members
-        return len(members) <= len(incarnations) and all(m in incarnations for m in members)
+        return all(seat.worker.incarnation in incarnations for seat in self.order)
 
     def validate(self) -> None:
         workers = [seat.worker for seat in self.order]

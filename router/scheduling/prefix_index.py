@@ -8,6 +8,7 @@ It knows slots, not workers. The number of (block, worker) pairs is bounded, the
 first; a slot that left is swept in small steps and reused only when no mask has its bit.
 """
 
+import sys
 from collections import deque
 from collections.abc import Sequence
 from itertools import islice
@@ -19,6 +20,9 @@ from protocol.events import KvCleared, KvEvent, KvStored
 
 _MAX_CHANGES: Final = 32
 _MAX_HELD_BACK: Final = 64
+_MAX_BEHIND: Final = 4
+_MAX_TRIES: Final = 3
+"""Snapshots in a row that may be older than what was held back for them."""
 _SWEEP: Final = 512
 _CHUNK: Final = 64
 
@@ -85,10 +89,16 @@ def deepest(match: Match, count: int, start: int) -> list[int]:
 class _Holder:
     """What one slot holds and how far we have heard of it."""
 
-    __slots__ = ("hashes", "held_back", "next_id", "waiting")
+    __slots__ = ("behind", "hashes", "held_back", "limit", "next_id", "tries", "waiting")
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int) -> None:
         self.hashes: set[bytes] = set()
+        self.limit = limit
+        """It cannot hold more than so many."""
+        self.behind = 0
+        """Reports in a row that knew of fewer events than we have heard of."""
+        self.tries = 0
+        """Snapshots in a row that were too old."""
         self.next_id: int | None = None
         """None until the first word: then nothing or a snapshot comes."""
         self.waiting = False
@@ -113,14 +123,15 @@ class PrefixIndex:
     def num_slots(self) -> int:
         return self._num_slots
 
-    def join(self) -> int:
-        """A slot for a worker that has nothing yet."""
+    def join(self, num_blocks: int = sys.maxsize) -> int:
+        """A slot for a worker that has nothing yet and can hold `num_blocks`: what it claims
+        beyond that is not believed, so that it cannot push out what others hold."""
         if self._free:
             slot = self._free.pop()
         else:
             slot = self._num_slots
             self._num_slots += 1
-        self._holders[slot] = _Holder()
+        self._holders[slot] = _Holder(num_blocks)
         self._alive |= 1 << slot
         return slot
 
@@ -194,10 +205,18 @@ class PrefixIndex:
         return False
 
     def heard_last(self, slot: int, last_id: int) -> bool:
-        """The worker's last event number. True: a tail was lost, ask for a snapshot (once)."""
+        """The worker's last event number. True: a tail was lost, or what we heard was nonsense;
+        ask for a snapshot (once). A snapshot may overtake reports, so one that knows less than we
+        do means nothing, and several in a row that our number is wrong."""
         holder = self._holders[slot]
         expected = holder.next_id or 1
-        if holder.waiting or last_id < expected:
+        if holder.waiting:
+            return False
+        holder.behind = holder.behind + 1 if last_id + 1 < expected else 0
+        if holder.behind >= _MAX_BEHIND:
+            holder.behind = 0
+            holder.next_id = None
+        elif last_id < expected:
             return False
         holder.waiting = True
         return True
@@ -217,9 +236,14 @@ class PrefixIndex:
         for block in hashes:
             self._add_pair(block, slot, holder)
         holder.next_id = last_id + 1
+        holder.tries += 1
         again = False
         for first_id, events in held_back:
+            if first_id > holder.next_id and holder.tries >= _MAX_TRIES:
+                continue  # no snapshot comes so far: nobody ever said what lies between
             again = self.change(slot, first_id, events) or again
+        if not again:
+            holder.tries = 0
         return again
 
     def _apply(self, slot: int, holder: _Holder, first_id: int, events: Sequence[KvEvent]) -> None:
@@ -244,7 +268,7 @@ class PrefixIndex:
         holder.hashes = set()
 
     def _add_pair(self, block: bytes, slot: int, holder: _Holder) -> None:
-        if block in holder.hashes:
+        if block in holder.hashes or len(holder.hashes) >= holder.limit:
             return
         if self.num_pairs >= self._max:
             self._evict()

@@ -19,6 +19,7 @@ from router.scheduling.attempts import RetryBudget
 from router.scheduling.commands import (
     AskReplay,
     CancelAttempt,
+    Cause,
     Command,
     ForgetAttempt,
     Note,
@@ -151,13 +152,14 @@ class Tables:
         over = ForgetAttempt if done else CancelAttempt
         self.out.append(over(attempt.id, worker.id, worker.incarnation))
 
-    def ask_replay(self, attempt: Attempt, *, patience: int, blameless: bool) -> None:
+    def ask_replay(self, attempt: Attempt, *, patience: int, blameless: bool, cause: Cause) -> None:
         """Ask its worker for its state; without a sign it moves after `patience` more asks."""
         attempt.asked = self.bus_now
         attempt.patience = patience
         attempt.blameless = blameless
         self.arm_bus(attempt.timer, self.limits.replay_timeout_s)
-        self.out.append(AskReplay(attempt.id, attempt.worker.id, attempt.worker.incarnation))
+        worker = attempt.worker
+        self.out.append(AskReplay(attempt.id, worker.id, worker.incarnation, cause))
 
     # -- handles
 

@@ -139,7 +139,8 @@ class ChaosFleet(Fleet):
             return []
         if status != 200:
             return []
-        lines = json.loads(body)["story"]
+        choices = json.loads(body)["choices"]
+        lines = choices[0]["story"] if choices else []
         return [Step(line["at_s"], *line["what"].partition(" ")[::2]) for line in lines]
 
     def worker_metrics(self, name: str) -> dict[str, float]:

@@ -278,4 +278,4 @@ def test_a_request_id_names_the_story_of_a_request(client: openai.OpenAI, fleet:
     assert answer.parse().id == "cmpl-my-id_1"
     status, body = fleet.get("/debug/requests/my-id_1")
     assert status == 200
-    assert json.loads(body)["story"][-1]["what"] == "end completed"
+    assert json.loads(body)["choices"][0]["story"][-1]["what"] == "end completed"

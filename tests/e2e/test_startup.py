@@ -131,6 +131,7 @@ def test_a_config_file_with_a_mistake(
         ((*SIMULATED, "--nats-ca=/no/such/file"), "/no/such/file"),
         ((*SIMULATED, "--etcd=ftp://127.0.0.1"), "'ftp://127.0.0.1'"),
         ((*ROUTER, "--nats=nats://127.0.0.1:port"), "'nats://127.0.0.1:port' is not nats://"),
+        ((*SIMULATED, *NOWHERE, "--served-model-name=" + "m" * 5000), "no router would believe"),
         (("up", "--engine=simulated", "--model=/no/such/folder"), "/no/such/folder"),
         (("up", "--decode=0"), "at least one worker that decodes"),
     ],

@@ -10,8 +10,9 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Final
 from unittest import mock
 
+from router.attempts import Attempt
 from router.dispatch import Dispatch
-from router.inbox import Attempt, Inbox
+from router.inbox import Inbox
 from router.scheduling.attempt_events import AttemptEvents
 from router.scheduling.attempts import Tries
 from router.scheduling.commands import ReleaseHandle
@@ -92,10 +93,10 @@ def _gap_overlooked() -> AbstractContextManager[Any]:
     """A delta behind a hole is taken for the next one."""
     deliver = Inbox._deliver
 
-    def careless(self: Inbox, entry: Attempt, delta: Any, now: float) -> None:
+    def careless(self: Inbox, number: int, entry: Attempt, delta: Any, now: float) -> None:
         if delta.index > len(entry.choice.output):
             delta.index = len(entry.choice.output)
-        deliver(self, entry, delta, now)
+        deliver(self, number, entry, delta, now)
 
     return mock.patch.object(Inbox, "_deliver", careless)
 

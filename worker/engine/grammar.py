@@ -15,6 +15,8 @@ import msgspec
 from text.tokenizer import Tokenizer
 
 MAX_SCHEMA_BYTES: Final = 256 * 1024
+MAX_NUMBER: Final = (1 << 63) - 1024
+"""Whole numbers from here on are -2^63 or 2^63 once they are floats."""
 _MAX_COMPILED: Final = 64
 _MAX_ERROR_CHARS: Final = 300
 _WHITESPACE: Final = r"[\x20\x0A\x0D\x09]{0,32}"
@@ -147,7 +149,23 @@ def _checked(schema: str) -> str:
     if not isinstance(parsed, dict):
         raise GrammarError("the schema is not an object, or true")
     parsed.pop("x-guidance", None)
+    if _has_number_beyond(parsed, MAX_NUMBER):
+        raise GrammarError("the schema has a whole number of more than 63 bits")
     return msgspec.json.encode(parsed).decode()
+
+
+def _has_number_beyond(schema: Any, most: int) -> bool:
+    """Wherever it stands. The library ends the whole process at one that is -2^63 as a float."""
+    rest = [schema]
+    while rest:
+        value = rest.pop()
+        if isinstance(value, dict):
+            rest += value.values()
+        elif isinstance(value, list):
+            rest += value
+        elif isinstance(value, int) and not -most < value < most:
+            return True
+    return False
 
 
 def _vocabulary(tokenizer: Tokenizer) -> Any:

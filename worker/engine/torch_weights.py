@@ -135,12 +135,19 @@ def _listed(folder: Path) -> dict[str, str]:
         try:
             listed = json.loads(index.read_bytes())["weight_map"]
             names = {str(tensor): str(file) for tensor, file in listed.items()}
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise ConfigError(f"{index} is damaged: it has no weight_map") from None
     for name in names.values():
-        if name != Path(name).name or not (folder / name).is_file():
+        if name != Path(name).name or not _is_file(folder / name):
             raise ConfigError(f"{index} names {name}, which is not a file of the folder")
     return names
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name too long, say
+        return False
 
 
 def _listing(folder: Path, what: str, names: list[str]) -> str:

@@ -208,10 +208,11 @@ class Sink:
         events: tuple[PullEvent, PullEvent, PullEvent],
         now: float,
     ) -> list[Command]:
-        """By the word: `events` are right, wrong, failed."""
+        """By the word: `events` are right, wrong, failed. A zero word is no lease's, also where a
+        source refuses with it to copy anything."""
         right, wrong, failed = events
         record = self._records.get(pull_id)
-        if record is None or not end.ok or end.word is None:
+        if record is None or end.word is None or not (end.ok or end.word == 0):
             return self._on(pull_id, failed, end.reason or "the transport gave no reason", now)
         if end.word == record.pull.handle.ranks[0].nonce:
             return self._on(pull_id, right, "", now)

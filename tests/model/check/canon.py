@@ -52,10 +52,10 @@ SKIPPED: Final[dict[str, frozenset[str]]] = {
     "Sink": frozenset({"ended", "_now"}),
     "Pairs": frozenset({"_ways", "_marks"}),
     "Choice": frozenset({
-        "story", "hashes", "arrived_at", "last_at", "dispatched_at", "first_at", "lent_at",
+        "story", "legs", "hashes", "arrived_at", "last_at", "dispatched_at", "first_at", "lent_at",
         "cached_tokens",
     }),
-    "Attempt": frozenset({"started_at"}),
+    "Attempt": frozenset({"started_at", "trace", "idle_signs", "output_seen"}),
     "BlockPool": frozenset({"_unreported", "_cleared"}),
     "EngineCore": frozenset({
         "_num_events", "_num_steps", "_prefilled_tokens", "_cached_tokens", "_decoded_tokens",
@@ -68,6 +68,7 @@ SKIPPED: Final[dict[str, frozenset[str]]] = {
     }),
     "Inbox": frozenset({
         "_bad", "_bad_logged_at", "_metrics", "_subjects", "_on_client_gone", "_strays", "_sources",
+        "_tell", "_transports",
     }),
     "Front": frozenset({"postbox", "_metrics", "_subjects", "_mailer", "_pending", "_handling"}),
     "Desk": frozenset({

@@ -69,7 +69,7 @@ def _scheduler(scheduler: Scheduler) -> tuple[Any, ...]:
 def _wire_scheduler(scheduler: Scheduler, state: tuple[Any, ...]) -> None:
     tables, mover, placer = state
     scheduler._t, scheduler._mover, scheduler._placer = tables, mover, placer
-    scheduler._listen(AttemptEvents(tables, mover), FleetEvents(tables, mover))
+    scheduler._listen(AttemptEvents(tables, mover), FleetEvents(tables, mover), mover._suspects)
 
 
 def _text(text: OutputText) -> tuple[Any, ...]:

@@ -225,7 +225,8 @@ def attempt_ignored() -> Sequence[Patch]:
         if out.attempt not in live:
             for number, entry in live.items():
                 out = msgspec.structs.replace(out, attempt=number)
-                envelope = msgspec.structs.replace(envelope, incarnation=entry.incarnation)
+                whose = {"worker": entry.worker, "incarnation": entry.incarnation}
+                envelope = msgspec.structs.replace(envelope, **whose)
                 break
         real(self, envelope, out, now)
 
@@ -331,9 +332,9 @@ def replay_off_by_one() -> Sequence[Patch]:
 def repeats_are_taken() -> Sequence[Patch]:
     real = Inbox._deliver
 
-    def deliver(self: Inbox, entry: Any, delta: Any, now: float) -> None:
+    def deliver(self: Inbox, number: int, entry: Any, delta: Any, now: float) -> None:
         delta.index = len(entry.choice.output)
-        real(self, entry, delta, now)
+        real(self, number, entry, delta, now)
 
     return [_set(Inbox, "_deliver", deliver)]
 
@@ -341,9 +342,9 @@ def repeats_are_taken() -> Sequence[Patch]:
 def gap_is_skipped() -> Sequence[Patch]:
     real = Inbox._deliver
 
-    def deliver(self: Inbox, entry: Any, delta: Any, now: float) -> None:
+    def deliver(self: Inbox, number: int, entry: Any, delta: Any, now: float) -> None:
         delta.index = min(delta.index, len(entry.choice.output))
-        real(self, entry, delta, now)
+        real(self, number, entry, delta, now)
 
     return [_set(Inbox, "_deliver", deliver)]
 

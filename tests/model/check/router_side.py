@@ -14,9 +14,10 @@ from protocol.jobs import Tokens
 from protocol.out import Delta
 from protocol.sampling import Sampling
 from protocol.worker_info import Capacity, KvLayout, WorkerInfo
+from router.attempts import Attempts
 from router.choices import Choice, ChoiceSpec
 from router.dispatch import Dispatch
-from router.inbox import Attempts, Inbox
+from router.inbox import Inbox
 from router.scheduling import commands as cmd
 from router.scheduling import events as ev
 from router.scheduling.attempts import FREE_SHARE
@@ -90,6 +91,7 @@ class Front(Dispatch):
         )
         self._subjects = subjects()
         self._metrics = constant("metrics", NoMetrics)  # type: ignore[assignment]
+        self.stories = constant("metrics", NoMetrics)  # type: ignore[assignment]
         self._clock = process.clock
         self._choices = {}
         self._attempts = Attempts()
@@ -111,6 +113,7 @@ class Front(Dispatch):
             post=self._post,
             later=process.later,
             is_known=self.scheduler.has_worker,
+            tell=_ignore,
         )
 
     def _arm(self) -> None:

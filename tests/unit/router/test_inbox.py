@@ -26,9 +26,11 @@ from protocol.out import (
 )
 from protocol.sampling import Sampling
 from protocol.subjects import Subjects
+from router import attempts as attempts_module
 from router import inbox as inbox_module
+from router.attempts import Attempt, Attempts
 from router.choices import Choice, ChoiceSpec
-from router.inbox import Attempt, Attempts, Inbox
+from router.inbox import Inbox
 from router.metrics import RouterMetrics
 from router.scheduling import events as ev
 
@@ -76,7 +78,7 @@ class World:
 
     def add(self, number: int, leg: str = "decode", *, prompt_logprobs: int = -1) -> Sink:
         sink = Sink()
-        sampling = Sampling(8, prompt_logprobs=prompt_logprobs)
+        sampling = Sampling(64, prompt_logprobs=prompt_logprobs)
         spec = ChoiceSpec(f"q{number}/0", 0, "m", Tokens(b""), 0, sampling)
         choice = Choice(spec, sink, self.now)
         self.attempts.add(number, Attempt(choice, "w", "inc", leg, self.now, self.now))
@@ -211,7 +213,7 @@ def test_a_prompts_numbers_are_taken_once_and_not_asked_for_again(world: World) 
     assert choice.sampling.prompt_logprobs == 2
     world.say(Prefilled(1, 2, 0, delta(1, 0), handle(), prompt_logprobs=PROMPT))
     assert sink.ids == [0]
-    assert choice.sampling == Sampling(8)
+    assert choice.sampling == Sampling(64)
     world.attempts.add(2, Attempt(choice, "w", "inc", "decode", world.now, world.now))
     world.say(Decoding(2, prompt_logprobs=[None]), StepFrame([delta(2, 1)]))
     assert choice.prompt_logprobs == PROMPT
@@ -328,8 +330,9 @@ def test_only_workers_that_still_count_are_numbered(world: World) -> None:
 def test_nothing_is_remembered_without_a_bound(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("MAX_SOURCES", "MAX_STRAYS", "MAX_DONE"):
+    for name in ("MAX_SOURCES", "MAX_STRAYS"):
         monkeypatch.setattr(inbox_module, name, 50)
+    monkeypatch.setattr(attempts_module, "MAX_DONE", 50)
     for number in range(500):
         world.say(StepFrame([delta(number, 0)]), seq=1, incarnation=f"inc{number}")
         world.attempts.drop(number, done=True)

@@ -273,3 +273,19 @@ def test_without_the_library_schemas_are_refused(monkeypatch: pytest.MonkeyPatch
     assert "no llguidance" in GrammarCompiler(BYTES).prepare()
     with pytest.raises(GrammarError, match="no llguidance"):
         GrammarCompiler(BYTES).state(OBJECT)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"const": -(2**63)}, {"enum": ["x", -(2**63) + 512]}, {"const": {"a": [[-(2**63)]]}},
+        {"type": "object", "properties": {"a": {"enum": [2**63]}}}, {"const": 2**64 - 1},
+    ],
+)  # fmt: skip
+def test_numbers_that_would_end_the_process_are_refused(schema: dict[str, object]) -> None:
+    """llguidance recurses without end, and without a Python exception, on whole numbers that are
+    -2^63 as floats."""
+    with pytest.raises(GrammarError, match="63 bits"):
+        GrammarCompiler(BYTES).state(json.dumps(schema))
+    near = json.dumps({"enum": [-(2**63) + 2048, 2**63 - 2048, True, -1.5e300]})
+    GrammarCompiler(BYTES).state(near)

@@ -68,6 +68,7 @@ def test_a_word_that_came_with_the_data_is_judged_at_once(sink: Sink) -> None:
         (TransferEnd(ok=True, word=NONCE + 1), "lease_lost", LOST),
         (BROKEN, "transfer_failed", "reset by peer"),
         (TransferEnd(ok=False, word=NONCE), "transfer_failed", "the transport gave no reason"),
+        (TransferEnd(ok=False, reason="refused by the source", word=0), "lease_lost", LOST),
     ],
 )
 @pytest.mark.parametrize("two_sided", [False, True])

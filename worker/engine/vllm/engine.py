@@ -103,6 +103,8 @@ class VllmEngine:
         self._stats = EngineStats()
         self._last_event = 0
         self._serial = 0
+        self._moves = 0
+        """Looks at which vLLM had moved on."""
         self._dead = ""
 
     # --- life ---
@@ -327,10 +329,11 @@ class VllmEngine:
         elif verdict.silent:
             self._fail_all(verdict.silent)
         elif verdict.moved:
+            self._moves += 1  # all that can be told: what does not count up is no sign of life
             for key, entry in self._jobs.items():
                 # a pull's deadline is the router's: others' progress says nothing about it
                 if not entry.is_decoding and entry.leg != "transfer":
-                    self._outlet.progress(key, "prefill", 0, 1)
+                    self._outlet.progress(key, "prefill", self._moves, self._moves + 1)
 
     def _fail_all(self, reason: str) -> None:
         for entry in list(self._jobs.values()):

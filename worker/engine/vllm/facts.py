@@ -59,7 +59,7 @@ def read_models(body: bytes, wanted: str, url: str) -> ServedModel:
     """The model to drive: `wanted`, or the first that is no adapter. Raises ConfigError."""
     try:
         models = msgspec.json.decode(body, type=_Models).data
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise ConfigError(f"{url}/v1/models does not answer as vLLM does") from None
     bases = [model for model in models if not model.parent]
     named = [model for model in bases if model.id == wanted]

@@ -67,7 +67,7 @@ def check_handle(handle: KvHandle, sequence: ActiveSequence, *, wall: float) -> 
         raise SequenceRefused("handle_mismatch", "the handle is of another prompt or model")
     try:
         ours = msgspec.msgpack.decode(handle.opaque, type=VllmHandle)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise SequenceRefused("handle_mismatch", f"the handle is not vLLM's: {error}") from None
     age_s = wall - ours.lent_at
     if not age_s <= handle.lease_s * (1 - MARGIN):

@@ -14,13 +14,18 @@ import zmq.asyncio
 
 from protocol.errors import ConfigError
 from protocol.events import KvEvent
-from worker.engine.vllm.kv_index import KvIndex, Sequencer, decode_batch, replay_closes_gap
+from worker.engine.vllm.kv_index import (
+    KvIndex,
+    Sequencer,
+    decode_batch,
+    read_frames,
+    replay_closes_gap,
+)
 
 _log = logging.getLogger("baton.engine")
 
 REPLAY_S: Final = 2.0
 """Without a word for so long, a replay is over, and what it did not bring is lost."""
-_END: Final = b"\xff" * 8
 GRUMBLE_EVERY: Final = 1000
 
 
@@ -78,13 +83,14 @@ class KvEventStream:
     async def _listen(self) -> None:
         while True:
             frames: list[bytes] = await self._socket.recv_multipart()
-            if len(frames) != 3 or len(frames[1]) != 8:
-                self._bad("not three frames")
+            read = read_frames(frames[1:]) if len(frames) == 3 else None
+            if read is None:
+                self._bad("not three frames, or no number of a message")
                 continue
-            seq = int.from_bytes(frames[1], "big")
+            seq, payload = read
             if self._sequencer.missing(seq):
                 await self._fill(self._sequencer.expected, before=seq)
-            self._apply(seq, frames[2])
+            self._apply(seq, payload)
 
     def _apply(self, seq: int, payload: bytes) -> None:
         if not self._sequencer.take(seq):
@@ -115,9 +121,10 @@ class KvEventStream:
             while True:
                 async with asyncio.timeout(REPLAY_S):
                     frames: list[Any] = await socket.recv_multipart()
-                if len(frames) < 3 or len(frames[-2]) != 8 or frames[-2] == _END:
+                read = read_frames(frames[-2:]) if len(frames) >= 3 else None
+                if read is None:
                     return found
-                found.append((int.from_bytes(frames[-2], "big"), frames[-1]))
+                found.append(read)
         except (TimeoutError, zmq.ZMQError) as error:
             why = "no answer in time" if isinstance(error, TimeoutError) else str(error)
             _log.warning("KV events: replay from %s: %s", self._replay_url, why)

@@ -16,6 +16,8 @@ from protocol.events import KvCleared, KvEvent, KvRemoved, KvStored
 
 _MEDIA: Final = (None, "GPU")
 _GROUPS: Final = (None, 0)
+MAX_SEQ: Final = 1 << 62
+"""Believed, a larger one would make everything after it a repeat."""
 
 VllmHash = int | bytes
 
@@ -55,7 +57,7 @@ def decode_batch(payload: bytes) -> EventBatch:
     """Raises ValueError."""
     try:
         return _batches.decode(payload)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"KV events cannot be read: {error}") from None
 
 
@@ -67,8 +69,9 @@ class KvIndex:
         self._seed = seed
         self._max_blocks = max_blocks
         self._ours: dict[VllmHash, tuple[bytes, int]] = {}
-        """Our hash, and how many of vLLM's blocks have it: it may compute one twice."""
-        self._cached: dict[bytes, None] = {}
+        """Our hash, and how often vLLM has stored the block: it may compute one twice."""
+        self._cached: dict[bytes, int] = {}
+        """How many of vLLM's names each of our hashes has."""
 
     def __len__(self) -> int:
         return len(self._cached)
@@ -85,7 +88,9 @@ class KvIndex:
         for event in batch.events:
             match event:
                 case BlockStored():
-                    new = self._store(event)
+                    new, gone = self._store(event)
+                    if gone:
+                        said.append(KvRemoved(b"".join(gone)))
                     if new:
                         said.append(KvStored(b"".join(new)))
                 case BlockRemoved():
@@ -103,24 +108,44 @@ class KvIndex:
         self._cached.clear()
         return [KvCleared()]
 
-    def _store(self, event: BlockStored) -> list[bytes]:
-        if not self._is_plain(event):
-            return []
-        parent = self._seed
-        if event.parent_block_hash is not None:
-            known = self._ours.get(event.parent_block_hash)
-            if known is None:
-                return []
-            parent = known[0]
+    def _store(self, event: BlockStored) -> tuple[list[bytes], list[bytes]]:
+        """What is cached now, and what is not any more: a name that vLLM gives to other tokens
+        than before does not stand for those."""
+        new: list[bytes] = []
+        gone: list[bytes] = []
+        parent = self._parent_of(event)
+        if parent is None:
+            return new, gone
         hashes = block_hashes(pack_ids(event.token_ids), self._block_size, parent)
-        new = []
         for theirs, ours in zip(event.block_hashes, hashes, strict=False):
-            count = self._ours.get(theirs, (ours, 0))[1]
+            before, count = self._ours.get(theirs, (ours, 0))
+            if before != ours:
+                gone += self._unname(before)
+                count = 0
             self._ours[theirs] = (ours, count + 1)
-            if ours not in self._cached:
-                self._cached[ours] = None
-                new.append(ours)
-        return new
+            if not count:
+                names = self._cached.get(ours, 0)
+                self._cached[ours] = names + 1
+                if not names:
+                    new.append(ours)
+        return new, [block for block in gone if block not in self._cached]
+
+    def _parent_of(self, event: BlockStored) -> bytes | None:
+        """None for what cannot be placed."""
+        if not self._is_plain(event):
+            return None
+        if event.parent_block_hash is None:
+            return self._seed
+        known = self._ours.get(event.parent_block_hash)
+        return None if known is None else known[0]
+
+    def _unname(self, ours: bytes) -> list[bytes]:
+        """One name less; the block itself if that was the last."""
+        names = self._cached.get(ours, 0)
+        if names > 1:
+            self._cached[ours] = names - 1
+            return []
+        return [ours] if self._cached.pop(ours, 0) else []
 
     def _is_plain(self, event: BlockStored) -> bool:
         return (
@@ -143,9 +168,17 @@ class KvIndex:
                 self._ours[theirs] = (ours, count - 1)
             elif count:
                 del self._ours[theirs]
-                if self._cached.pop(ours, 0) is None:
-                    gone.append(ours)
+                gone += self._unname(ours)
         return gone
+
+
+def read_frames(frames: Sequence[bytes]) -> tuple[int, bytes] | None:
+    """Number and payload; None for what has none. The end of a replay is a number that no message
+    has, and so is every other that a publisher cannot have come to by counting."""
+    if len(frames) != 2 or len(frames[0]) != 8:
+        return None
+    seq = int.from_bytes(frames[0], "big")
+    return None if seq > MAX_SEQ else (seq, frames[1])
 
 
 class Sequencer:

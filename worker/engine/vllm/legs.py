@@ -37,6 +37,7 @@ _CODES: Final[dict[Fault, FailureCode]] = {
     "silent": "engine",
 }
 _UNSAFE: Final = re.compile(r"[^A-Za-z0-9._-]")
+MAX_TOKEN_ID: Final = 2**32 - 1
 _MAX_ID_CHARS: Final = 120
 
 
@@ -181,7 +182,10 @@ def _read_scores(
     if not choices:
         return None
     ids = sequence.ids[: sequence.num_prompt]
-    return prompt_logprobs(choices[0], ids, sequence.sampling.prompt_logprobs)
+    try:
+        return prompt_logprobs(choices[0], ids, sequence.sampling.prompt_logprobs)
+    except WireError as error:
+        raise VllmError("server", str(error)) from None
 
 
 async def _score(
@@ -214,6 +218,8 @@ def _take(sequence: ActiveSequence, choice: Choice) -> Delta | None:
         raise VllmError("server", f"vLLM ended the request: {choice.finish_reason}")
     if choice.token_ids is None:  # else a version that does not know the option ends in silence
         raise VllmError("server", "vLLM sends no token ids: it does not know return_token_ids")
+    if not all(0 <= token <= MAX_TOKEN_ID for token in choice.token_ids):
+        raise VllmError("server", "vLLM sends token ids that are none")
     try:
         scores = token_logprobs(choice, sequence.sampling.logprobs)
     except WireError as error:

@@ -78,6 +78,14 @@ async def wait_for_vllm(
         await asyncio.sleep(START_LOOK_S)
 
 
+def read_version(body: bytes) -> str:
+    """Empty where the server does not say it as vLLM does."""
+    try:
+        return msgspec.json.decode(body, type=_Version).version
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return ""
+
+
 async def _find(client: VllmClient, wanted: str) -> Found:
     """Raises VllmError, ConfigError."""
     model = read_models(await client.get("/v1/models", timeout_s=5.0), wanted, client.url)
@@ -86,12 +94,7 @@ async def _find(client: VllmClient, wanted: str) -> Found:
         metrics = read_metrics(body.decode(errors="replace"))
     except ValueError as error:
         raise ConfigError(f"{client.url}/metrics is not vLLM's: {error}") from None
-    try:
-        version = msgspec.json.decode(
-            await client.get("/version", timeout_s=5.0), type=_Version
-        ).version
-    except msgspec.DecodeError:
-        version = ""
+    version = read_version(await client.get("/version", timeout_s=5.0))
     if not metrics.has_connector:
         _log.warning("vLLM at %s has no NIXL counters: it may not hand over blocks", client.url)
     return Found(model, metrics, version)

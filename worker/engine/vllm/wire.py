@@ -15,6 +15,8 @@ from protocol.sampling import Sampling
 _SEED_STEP: Final = 1_000_003
 _SEEDS: Final = 1 << 63
 _TOKEN_ID: Final = "token_id:"
+_MAX_DIGITS: Final = 10
+_MAX_SHOWN: Final = 40
 MAX_LINE_BYTES: Final = 64 << 20
 """The first chunk repeats the prompt's ids: a line of a million tokens is normal."""
 
@@ -70,7 +72,7 @@ def decode_answer(data: bytes) -> Answer:
     """Raises WireError."""
     try:
         return _answers.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise WireError(f"vLLM's answer cannot be read: {error}") from None
 
 
@@ -143,6 +145,8 @@ def token_logprobs(choice: Choice, num_top: int) -> list[TokenLogprob | None]:
     if said is None or len(said.token_logprobs) != count:
         return [None] * count
     tops = said.top_logprobs or [None] * count
+    if len(tops) != count:
+        return [None] * count
     return [
         None if own is None else TokenLogprob(own, _top(top or {}, num_top))
         for own, top in zip(said.token_logprobs, tops, strict=False)
@@ -163,7 +167,9 @@ def prompt_logprobs(
             found.append(None)
             continue
         # beside the likeliest ones the token itself is listed, with its own rank
-        ranked = sorted((value.rank or 0, int(key), value.logprob) for key, value in entry.items())
+        ranked = sorted(
+            (value.rank or 0, _token_id(key), value.logprob) for key, value in entry.items()
+        )
         top = [(key, logprob) for rank, key, logprob in ranked if rank <= num_top]
         found.append(TokenLogprob(own.logprob, top))
     return found
@@ -173,9 +179,16 @@ def _top(named: Mapping[str, float], num_top: int) -> list[tuple[int, float]]:
     pairs = []
     for name, logprob in named.items():
         if not name.startswith(_TOKEN_ID):
-            raise WireError(f"a token named {name!r} where an id was asked for")
-        pairs.append((int(name.removeprefix(_TOKEN_ID)), logprob))
+            raise WireError(f"a token named {name[:_MAX_SHOWN]!r} where an id was asked for")
+        pairs.append((_token_id(name.removeprefix(_TOKEN_ID)), logprob))
     return sorted(pairs, key=lambda pair: -pair[1])[:num_top]
+
+
+def _token_id(text: str) -> int:
+    """Raises WireError for what is none."""
+    if not (text.isascii() and text.isdecimal() and len(text) <= _MAX_DIGITS):
+        raise WireError(f"{text[:_MAX_SHOWN]!r} is no token id")
+    return int(text)
 
 
 class EventLines:

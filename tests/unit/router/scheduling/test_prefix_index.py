@@ -152,3 +152,47 @@ def test_hashes_are_computed_as_far_as_asked_and_equal_the_protocols() -> None:
     assert len(hashes._known) == 64
     assert hashes[150] == expected[150]
     assert [hashes[n] for n in range(200)] == expected
+
+
+def test_a_worker_holds_no_more_than_it_can() -> None:
+    """A liar cannot push out what others hold."""
+    index = PrefixIndex(100)
+    honest, liar = index.join(10), index.join(10)
+    index.change(honest, 1, [stored("abc")])
+    blocks = [n.to_bytes(16, "big") for n in range(5000)]
+    index.change(liar, 1, [KvStored(b"".join(blocks))])
+    index.replace(liar, 5, blocks)
+    assert index.num_pairs == 13
+    assert depth_of(index.match(hashes_of("abc")), honest) == 3
+    index.validate()
+
+
+def test_a_number_that_runs_ahead_of_the_reports_is_not_believed_for_ever() -> None:
+    index = PrefixIndex(1000)
+    slot = index.join()
+    index.change(slot, 1, [stored("a")] * 50)
+    asked = [index.heard_last(slot, 3) for _ in range(4)]
+    assert asked == [False, False, False, True]
+    assert not index.replace(slot, 3, hashes_of("xyz"))
+    assert depth_of(index.match(hashes_of("xyz")), slot) == 3
+    index.change(slot, 4, [stored("w")])
+    assert index.match(hashes_of("w")) != []
+
+
+def test_a_report_that_a_snapshot_overtook_asks_for_nothing() -> None:
+    index = PrefixIndex(1000)
+    slot = index.join()
+    index.change(slot, 3, [stored("c")])
+    index.replace(slot, 9, hashes_of("abc"))
+    assert not any(index.heard_last(slot, last) for last in (4, 6, 9, 4, 9))
+
+
+def test_nonsense_that_was_held_back_does_not_ask_for_ever() -> None:
+    index = PrefixIndex(1000)
+    slot = index.join()
+    assert index.change(slot, 10**9, [stored("z")])
+    again = [index.replace(slot, 2, hashes_of("ab")) for _ in range(4)]
+    assert again == [True, True, False, False]
+    assert not index.is_waiting(slot)
+    assert depth_of(index.match(hashes_of("ab")), slot) == 2
+    assert index.match(hashes_of("z")) == []

@@ -1,0 +1,61 @@
+"""The dispatches in flight, as the driver must remember them. Decides nothing."""
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import Final
+
+from protocol.out import OutEnvelope
+from router.choices import Choice
+from router.claims import Advance
+
+MAX_DONE: Final = 16_384
+
+
+@dataclass(slots=True, eq=False)
+class Attempt:
+    """One dispatch, as the driver must remember it."""
+
+    choice: Choice
+    worker: str
+    incarnation: str
+    leg: str
+    started_at: float
+    heard_at: float
+    prefilled: bool = False
+    decoding: bool = False
+    asked_at: float = float("-inf")
+    """When a replay was last asked for, and from which output index."""
+    asked_from: int = -1
+    advance: Advance = field(default_factory=Advance)
+
+    def is_of(self, envelope: OutEnvelope) -> bool:
+        """Whether it is this process's to speak of: incarnations are no secret."""
+        return self.incarnation == envelope.incarnation and self.worker == envelope.worker
+
+
+class Attempts:
+    """The attempts in flight, and the last few that ended well.
+
+    A late repeat of the latter (the answer to a replay that crossed the outcome) must not be
+    answered with a cancel or a release: its handle may be on its way to a decode worker.
+    """
+
+    def __init__(self) -> None:
+        self.live: dict[int, Attempt] = {}
+        self._done: OrderedDict[int, None] = OrderedDict()
+
+    def add(self, number: int, attempt: Attempt) -> None:
+        self.live[number] = attempt
+        attempt.choice.attempts.add(number)
+
+    def drop(self, number: int, *, done: bool = False) -> None:
+        entry = self.live.pop(number, None)
+        if entry is not None:
+            entry.choice.attempts.discard(number)
+        if done:
+            self._done[number] = None
+            if len(self._done) > MAX_DONE:
+                self._done.popitem(last=False)
+
+    def is_done(self, number: int) -> bool:
+        return number in self._done
