@@ -155,7 +155,7 @@ def test_a_worker_in_the_registry_is_itself_or_nobody(info: WorkerInfo) -> None:
     "change",
     [
         {"worker_id": "a.b"}, {"worker_id": ""}, {"incarnation": "*"}, {"incarnation": "x" * 65},
-        {"model": ""}, {"model": "m" * 2000}, {"model_digest": "d" * 2000},
+        {"model": ""}, {"model": "m" * 5000}, {"model_digest": "d" * 5000},
         {"layout": msgspec.structs.replace(INFO.layout, block_size=0)},
         {"layout": msgspec.structs.replace(INFO.layout, block_bytes=-1)},
         {"capacity": msgspec.structs.replace(INFO.capacity, num_blocks=-5)},
