@@ -2,8 +2,8 @@
 it.
 
 First as many clients as the fleet has places, one request after the other: the peak. Then requests
-come ten times as fast as it served those, whether it answers or not. Half a minute of work is let
-into the queue, the rest is told to come back; what was let in is served in time, whole, and as
+come ten times as fast as it served those, whether it answers or not. What can be served in time is
+let into the queue, the rest is told to come back; what was let in is served in time, whole, and as
 much of it a second as at the peak. Five seconds after the last request everything is as before.
 """
 
