@@ -2,7 +2,7 @@
 
 A suspect claims the quietest decode worker, which takes nothing new from then on, and starts there
 once it has run empty, or at the latest after `PATIENCE_S`: the work that is left there is no
-suspect's. Having decoded for `PROBATION_S` it gives the worker free and the next suspect may start.
+suspect's. Having got tokens for `PROBATION_S` it gives the worker free, and the next one may start.
 If the process dies a third time under it, it is the killer, and whoever was suspected only for the
 deaths that are the killer's is not any more. First comes who got the fewest tokens out of those
 that died: a deadly prompt seldom gets far. It decides; the placer starts.
@@ -16,6 +16,7 @@ from router.scheduling.tables import Tables
 
 PATIENCE_S: Final = 1.0
 PROBATION_S: Final = 1.0
+_LOOK_S: Final = 0.25
 _CLAIM_SHARE: Final = 4
 
 
@@ -56,16 +57,20 @@ class Suspects:
         self._t.arm_bus(worker.claim_timer, PROBATION_S)
 
     def on_claim_due(self, worker: Worker) -> None:
-        """Its patience is over, or it has been harmless for long enough."""
+        """Its patience is over, or it has been harmless for long enough: tokens came so long after
+        its start. One whose worker is dead and not yet missed has not been harmless."""
         t = self._t
         choice = t.choices[worker.claim]
-        if choice.state == "queued":
+        attempt = choice.decode
+        if attempt is None:
             worker.claim_is_due = True
             t.dirty.add(worker.info.model)
-        elif choice.state == "decoding":
+            return
+        heard = t.view.last_heard(attempt.id) - t.outage_s
+        if heard - attempt.started >= PROBATION_S:
             t.unclaim(choice)
         else:
-            t.arm_bus(worker.claim_timer, PROBATION_S)
+            t.arm_bus(worker.claim_timer, _LOOK_S)
 
     def convict(self, killer: Choice) -> None:
         """Its deaths are nobody else's."""

@@ -11,6 +11,7 @@ from typing import Any, Final
 from tests.chaos.clients import Client, start, until, wave
 from tests.chaos.points import POINTS, STREAMS, standing
 from tests.chaos.trial import Trial
+from tests.chaos.world import ChaosFleet
 from tests.e2e.fleet import environment, is_alive
 from tests.e2e.streams import asks
 
@@ -156,6 +157,7 @@ def deadly_prompt(trial: Trial) -> None:
     trial.clients += start(fleet, wave(NEW, salt=trial.salt))
     died = _die(trial, deadly)
     computing = [name for name, was_computing in died if was_computing]
+    trial.note(f"no other decode worker for {trial.outage_s:.1f} s")
     trial.note("died: " + " ".join(name if c else f"({name})" for name, c in died))
     trial.clients.append(deadly)
     trial.join()
@@ -174,10 +176,14 @@ def _die(trial: Trial, deadly: Client) -> list[tuple[str, bool]]:
     fleet = trial.fleet
     died: list[tuple[str, bool]] = []
     seen = 0.0
+    looked_at = time.monotonic()
 
     def over() -> bool:
-        nonlocal seen
+        nonlocal seen, looked_at
         story = trial.story(deadly.request_id)
+        before, looked_at = looked_at, time.monotonic()
+        if not _other_decoders(fleet, story):
+            trial.outage_s += looked_at - before
         given = [s for s in story if s.what in ("start_prefill", "start_local", "decode")]
         if given and given[-1].at > seen and (given[-1].what == "decode" or _is_accepted(story)):
             seen = given[-1].at
@@ -193,6 +199,13 @@ def _die(trial: Trial, deadly: Client) -> list[tuple[str, bool]]:
     if not until(over, timeout_s=40.0):
         trial.wrong.append("the deadly prompt does not end")
     return died
+
+
+def _other_decoders(fleet: ChaosFleet, story: list[Any]) -> set[str]:
+    """Decode workers that are there for the others: the one that the deadly prompt has, perhaps
+    for itself, is not, nor is one that died of it and is not back."""
+    holders = [s.detail for s in story if s.what in ("start_local", "start_pull", "decode")]
+    return {name for name in fleet.eligible() if name.startswith("decode")} - set(holders[-1:])
 
 
 def _pulls(story: list[Any]) -> bool:

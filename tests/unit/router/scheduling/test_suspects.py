@@ -117,6 +117,17 @@ def test_who_was_harmless_alone_and_unlucky_in_company_is_not_the_killer() -> No
     assert (tries.deaths, list(starts(out))) == (["a-1"], ["old"])
 
 
+def test_a_dead_worker_that_nobody_misses_yet_does_not_prove_its_suspect_harmless() -> None:
+    bench = Bench()
+    bench.list_workers(info("a", "decode"))
+    first = starts(suspects(bench, {"evil": 0}))
+    decode(bench, first, {"evil": 1})
+    bench.heard[first["evil"]] = bench.now + PROBATION_S / 2
+    bench.pass_time(2 * PROBATION_S)
+    assert list(bench.scheduler._t.claims) == ["evil"]
+    assert ends(replace(bench, "a", 4)) == [("failed", "decode", "worker_killer")]
+
+
 def test_a_slow_killer_is_found_in_the_end() -> None:
     """It is harmless for longer than the probation, each time."""
     bench = Bench()
