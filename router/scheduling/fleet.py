@@ -265,6 +265,12 @@ class Fleet:
         model.known_until = now + KNOWN_S
         self.drop_if_empty(group)
 
+    def hope_again(self, now: float) -> None:
+        """Who was not heard because nobody was may be here in a moment."""
+        for worker in self.workers.values():
+            if can_decode(worker.info.role):
+                self.models[worker.info.model].hope_until = now + HOPE_S
+
     def drop_if_empty(self, group: Group) -> None:
         """A group that has no workers and for which nobody waits is forgotten."""
         if not group.num_workers and not group.num_pending:

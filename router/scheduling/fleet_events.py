@@ -318,6 +318,7 @@ class FleetEvents:
             t.ask_replay(attempt, patience=AFTER_OUTAGE_PATIENCE, blameless=True, cause="bus_up")
         if t.attempts:
             t.out.append(Note("replay", "bus_up"))
+        t.fleet.hope_again(t.now)
         t.dirty.update(t.fleet.models)
 
     # -- what is cached where

@@ -8,6 +8,7 @@ from tests.unit.router.scheduling.bench import (
     failed,
     info,
     notes,
+    report,
     submitted,
     without_notes,
 )
@@ -118,3 +119,18 @@ def test_bus_up_without_an_outage_asks_nothing_of_nobody() -> None:
     bench = Bench()
     assert bench.feed(ev.BusUp()) == []
     assert bench.scheduler.next_deadline() is None
+
+
+def test_after_an_outage_requests_wait_for_workers_that_were_thought_silent() -> None:
+    """A router that stood still believed them gone before it noticed that its own bus was."""
+    bench = Bench()
+    bench.list_workers(info("a"))
+    bench.pass_time(3.0, "*")
+    bench.feed(ev.BusDown())
+    bench.now += 20.0
+    assert ends(bench.feed(submitted("early"))) == [("rejected", "queue", "no_decode_worker")]
+    bench.feed(ev.BusUp())
+    assert bench.feed(submitted("late")) == []
+    out = bench.feed(ev.WorkerReported("a", "a-1", report()))
+    out += bench.pass_time(1.5)
+    assert [c.choice for c in out if isinstance(c, cmd.StartDecode)] == ["late"]
