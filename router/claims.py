@@ -25,8 +25,8 @@ REFUSALS: Final = frozenset({"draining", "leaving", "unhealthy", "wrong_role", "
 MAX_STEPS_BACK: Final = 64
 """Progress may begin anew this often: a sequence was preempted, a pull goes another way."""
 
-MAX_WAITS: Final = 1_200
-"""Said twice a second: ten minutes inside of a full worker."""
+MAX_WAITS: Final = 240
+"""Said twice a second: two minutes inside of a full worker."""
 
 
 def seconds(claimed: float) -> float:

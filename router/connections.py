@@ -28,17 +28,19 @@ class Connections(Generic[C]):
         if self._drain_at is not None:
             self._idle_since[connection] = now
 
-    def start_drain(self, now: float) -> None:
+    def start_drain(self, now: float, open_ones: Iterable[C]) -> None:
+        """Those that are open were idle before, nobody knows for how long: they count from now."""
         self._drain_at = now
+        self._idle_since = dict.fromkeys(open_ones, now)
 
     def forsaken(self, open_ones: Iterable[C], now: float, grace_s: float) -> list[C]:
-        """Of those that are open, the ones that were idle for `grace_s` of the draining."""
+        """Of those that are open, the ones that were idle for `grace_s` of the draining, or since
+        they came."""
         if self._drain_at is None:
             return []
-        began = self._drain_at
         return [
             connection
             for connection in open_ones
             if connection not in self._busy
-            and now - self._idle_since.get(connection, began) >= grace_s
+            and now - self._idle_since.setdefault(connection, now) >= grace_s
         ]

@@ -35,6 +35,9 @@ _log = logging.getLogger("baton.router")
 WARM_S: Final = 3.0
 """A worker that has not reported for so long is not going to."""
 LOOK_S: Final = 0.05
+PROBED_S: Final = 15.0
+"""A balancer asks more often; who has not asked for so long is none."""
+HANDSHAKE_S: Final = 2.0
 TURNS: Final = 4
 """Of the loop, until aiohttp has given a request that it has read to its handler."""
 BACKLOG: Final = 1024
@@ -123,6 +126,7 @@ async def _until_stopped(
         await asyncio.wait([work, *waiters], return_when=asyncio.FIRST_COMPLETED)
         if work.done():
             work.result()
+        work.cancel()  # one that is not ready yet shall not become so
         if not stop_now.is_set():
             await server.drain(waiters[1])
     finally:
@@ -165,8 +169,9 @@ class _Server:
             catalog=catalog,
             metrics=metrics,
             state=self._state,
-            is_accepting=lambda: self._is_ready,
+            is_accepting=self._tell_ready,
         )
+        self._ready_asked_at = float("-inf")
         self._is_ready = True
         """What a balancer is told. Not false where a successor serves on the same port."""
         self._running = Running(dispatch, new_request_id)
@@ -290,7 +295,7 @@ class _Server:
         began = loop.time()
         is_relieved = self._inherited is not None and self._inherited.is_relieved()
         self._http.closes_connections = True
-        self._http.connections.start_drain(began)
+        self._http.connections.start_drain(began, self._open_connections())
         self._is_ready = is_relieved
         _log.info("draining requests=%d relieved=%s", len(self._running), is_relieved)
         if is_relieved:
@@ -299,11 +304,27 @@ class _Server:
         await self._nats_api.close()
         grace_s = self._config.idle_grace_ms / 1e3
         deadline = began + self._config.drain_timeout_ms / 1e3
-        while not now.done() and loop.time() < deadline and self._has_guests():
+        stay_until = began + self._stay_s(grace_s, is_relieved=is_relieved)
+        while (
+            not now.done()
+            and loop.time() < deadline
+            and (self._has_guests() or loop.time() < stay_until)
+        ):
             await self._close_forsaken(grace_s)
             if not is_relieved and loop.time() - began >= grace_s:
                 self._http.accepting = False
             await asyncio.wait([now], timeout=LOOK_S)
+
+    def _stay_s(self, grace_s: float, *, is_relieved: bool) -> float:
+        """How long to stay though nobody is there: a balancer that asks `/ready` has not noticed
+        yet and sends more, and connections in a TLS handshake cannot be seen."""
+        asked_s = asyncio.get_running_loop().time() - self._ready_asked_at
+        stay_s = grace_s if asked_s < PROBED_S and not is_relieved else 0.0
+        return max(stay_s, HANDSHAKE_S) if self._config.tls_cert else stay_s
+
+    def _tell_ready(self) -> bool:
+        self._ready_asked_at = asyncio.get_running_loop().time()
+        return self._is_ready
 
     def _has_guests(self) -> bool:
         """Somebody is served, or may still ask on a connection that is open."""
@@ -324,7 +345,10 @@ class _Server:
         for _ in range(TURNS if forsaken else 0):
             await asyncio.sleep(0)
         for connection in connections.forsaken(forsaken, now, grace_s):
+            transport = connection.transport
             connection.force_close()
+            if transport is not None:
+                transport.abort()  # TLS would wait half a minute for the client's goodbye
 
     async def close(self) -> None:
         """Whoever is still waiting is told so, then the workers are."""

@@ -169,6 +169,8 @@ class _Parent:
         """The child has said something, or is gone."""
         try:
             data = line.recv(64)
+        except BlockingIOError:
+            return
         except OSError:
             data = b""
         if not data:

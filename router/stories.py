@@ -63,7 +63,8 @@ class _Record:
     over_at: float | None = None
     status: int | None = None
     """What the client was told; None: nothing (yet, or it went)."""
-    error: ClientError | None = None
+    error: dict[str, Any] | None = None
+    """What was said, not the exception: that keeps the frames it went through, and their bodies."""
     choices: dict[str, _ChoiceRecord] = field(default_factory=dict)
 
     @property
@@ -164,7 +165,7 @@ class Stories:
             self._keep_refused(request_id, record)
         record.door = door[:MAX_TEXT]
         record.status = status
-        record.error = error
+        record.error = _error(error)
 
     # -- rings
 
@@ -202,7 +203,7 @@ class Stories:
 
     def _untold(self, request_id: str) -> _Record | None:
         found = [record for record in self._all(request_id) if record.status is None]
-        return found[0] if found else None
+        return max(found, key=lambda record: record.began, default=None)
 
     # -- what is shown
 
@@ -223,13 +224,13 @@ class Stories:
             "began": _iso(record.began_wall),
             "took_s": round(until - record.began, 4),
             "status": record.status,
-            "error": _error(record.error),
+            "error": record.error,
             "choices": [self._shown(record, choice) for choice in chosen],
         }
         refused = self._refused.get(request_id)
         if refused is not None and refused is not record:
             told = {"began": _iso(refused.began_wall), "status": refused.status}
-            shown["also_refused"] = {**told, "error": _error(refused.error)}
+            shown["also_refused"] = {**told, "error": refused.error}
         return shown
 
     def _state(self, record: _Record) -> str:

@@ -4,10 +4,12 @@ A suspect claims the quietest decode worker, which takes nothing new from then o
 once it has run empty, or at the latest after `PATIENCE_S`: the work that is left there is no
 suspect's. Having got tokens for `PROBATION_S` it gives the worker free, and the next one may start.
 If the process dies a third time under it, it is the killer, and whoever was suspected only for the
-deaths that are the killer's is not any more. First comes who got the fewest tokens out of those
-that died: a deadly prompt seldom gets far. It decides; the placer starts.
+deaths that are the killer's is not any more; nor is anybody for one that comes back, or after some
+were harmless. First comes who got the fewest tokens out of those that died: a deadly prompt seldom
+gets far. It decides; the placer starts.
 """
 
+from collections.abc import Sequence
 from typing import Final
 
 from router.scheduling.fleet import Model, Worker
@@ -18,6 +20,8 @@ PATIENCE_S: Final = 1.0
 PROBATION_S: Final = 1.0
 _LOOK_S: Final = 0.25
 _CLAIM_SHARE: Final = 4
+_HARMLESS: Final = 3
+"""Suspects in a row that did no harm alone: those that still wait go on in company."""
 
 
 class Suspects:
@@ -36,7 +40,8 @@ class Suspects:
         while waiting and not _too_many_claims(t, model):
             choice = min(waiting, key=lambda c: c.tries.tokens_under_deaths)
             waiting.remove(choice)
-            quietest = _quietest(choice, model)
+            tokens = choice.spec.num_prompt_tokens + t.view.num_output(choice.id)
+            quietest = _quietest(choice, model, tokens)
             if quietest is not None:
                 t.claim(choice, quietest)
                 t.arm_bus(quietest.claim_timer, PATIENCE_S)
@@ -69,20 +74,46 @@ class Suspects:
         heard = t.view.last_heard(attempt.id) - t.outage_s
         if heard - attempt.started >= PROBATION_S:
             t.unclaim(choice)
+            self._was_harmless(choice.spec.model)
         else:
             t.arm_bus(worker.claim_timer, _LOOK_S)
 
+    def _was_harmless(self, model: str) -> None:
+        """Where several were, what killed two workers is hardly among those that still wait; they
+        would stand in the queue for as many seconds as they are."""
+        t = self._t
+        known = t.fleet.models.get(model)
+        if known is None:
+            return
+        known.num_harmless += 1
+        if known.num_harmless < _HARMLESS:
+            return
+        known.num_harmless = 0
+        for choice in [c for c in t.admission.lonely.values() if c.spec.model == model]:
+            choice.tries.acquit()
+            self._rejoin(choice)
+
+    def _rejoin(self, choice: Choice) -> None:
+        t = self._t
+        if choice.id in t.admission.lonely and not choice.tries.alone:
+            t.unclaim(choice)
+            t.admission.discard(choice)
+            t.admission.add(choice, t.bus_now)
+            t.dirty.add(choice.spec.model)
+
     def convict(self, killer: Choice) -> None:
         """Its deaths are nobody else's."""
+        model = self._t.fleet.models.get(killer.spec.model)
+        if model is not None:
+            model.num_harmless = 0
+        self.absolve(killer.tries.deaths)
+
+    def absolve(self, deaths: Sequence[str]) -> None:
+        """These are nobody's: a killer is known (and ended), or the process lives."""
         t = self._t
         for choice in t.choices.values():
-            if choice is killer or not choice.tries.absolve(killer.tries.deaths):
-                continue
-            if choice.id in t.admission.lonely and not choice.tries.alone:
-                t.unclaim(choice)
-                t.admission.discard(choice)
-                t.admission.add(choice, t.bus_now)
-                t.dirty.add(choice.spec.model)
+            if choice.tries.absolve(deaths):
+                self._rejoin(choice)
 
 
 def _too_many_claims(t: Tables, model: Model) -> bool:
@@ -93,7 +124,7 @@ def _too_many_claims(t: Tables, model: Model) -> bool:
     return claimed >= max(1, workers // _CLAIM_SHARE)
 
 
-def _quietest(choice: Choice, model: Model) -> Worker | None:
+def _quietest(choice: Choice, model: Model, tokens: int) -> Worker | None:
     """A look at every decode worker: rare enough."""
     digest = choice.spec.model_digest
     fitting = [
@@ -101,8 +132,7 @@ def _quietest(choice: Choice, model: Model) -> Worker | None:
         for group in model.groups.values()
         if digest in ("", group.digest)
         for seat in group.decode.order
-        if not seat.worker.claim
-        and choice.spec.num_prompt_tokens < seat.worker.info.capacity.max_context
+        if not seat.worker.claim and tokens < seat.worker.info.capacity.max_context
     ]
     excluded = choice.tries.excluded
     return min(

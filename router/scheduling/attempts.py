@@ -25,13 +25,15 @@ class Tries:
     """One choice's account."""
 
     __slots__ = (
-        "begun_at", "charged", "deaths", "excluded", "free", "killer", "local", "lost_pulls",
-        "mark", "tokens_under_deaths",
+        "acquitted", "begun_at", "charged", "deaths", "excluded", "free", "killer", "local",
+        "lost_pulls", "mark", "tokens_under_deaths",
     )  # fmt: skip
 
     def __init__(self) -> None:
         self.charged = 0
         self.free = 0
+        self.acquitted = False
+        """It was let off a death once without having run alone."""
         self.deaths: list[str] = []
         """Incarnations that died while they computed it."""
         self.killer = False
@@ -82,6 +84,12 @@ class Tries:
         changed = len(left) != len(self.deaths)
         self.deaths = left
         return changed
+
+    def acquit(self) -> None:
+        """Others were harmless in its place: it may go on in company, once."""
+        if not self.acquitted:
+            self.acquitted = True
+            del self.deaths[0]
 
     @property
     def alone(self) -> bool:

@@ -169,11 +169,13 @@ class ModelView:
 class Model:
     """One served name: its groups of interchangeable workers."""
 
-    __slots__ = ("groups", "hope_until", "known_until", "num_workers")
+    __slots__ = ("groups", "hope_until", "known_until", "num_harmless", "num_workers")
 
     def __init__(self) -> None:
         self.groups: dict[tuple[object, ...], Group] = {}
         self.num_workers = 0
+        self.num_harmless = 0
+        """Suspected killers that did no harm alone, since the last one that did."""
         self.hope_until = 0.0
         self.known_until = 0.0
 

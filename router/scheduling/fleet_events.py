@@ -135,6 +135,8 @@ class FleetEvents:
             self._on_stray_report(worker, event.incarnation)
             return
         report = event.report
+        if worker.report and (not worker.live or worker.unreachable_at is not None):
+            self._mover.came_back(worker.incarnation)
         if not worker.live:
             worker.live = True
             worker.steps_at = t.bus_now

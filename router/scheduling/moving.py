@@ -109,6 +109,10 @@ class Mover:
         else:
             self.requeue(choice, cause, worker=attempt.worker.id, leg=leg, resumable=resumable)
 
+    def came_back(self, incarnation: str) -> None:
+        """It was only away: nobody has killed it."""
+        self._suspects.absolve([incarnation])
+
     def lose_source(self, choice: Choice, cause: str) -> None:
         """The lender died while the handle waited for a decode worker."""
         t = self._t

@@ -129,6 +129,22 @@ def test_a_second_signal_ends_a_worker_at_once_and_its_streams_go_on_elsewhere(
     assert max(stream.worst_gap for stream in running) < 2.0, "they were told, not missed"
 
 
+def test_a_router_that_a_balancer_asks_stays_for_the_grace_though_nobody_is_there(
+    drained: Fleet,
+) -> None:
+    """It has no successor, and who has asked whether it is ready sends more until it asks again."""
+    router = drained.add_router("probed", "--idle-grace-ms=2000")
+    assert drained.get("/ready", router.port)[0] == 200
+    began = time.monotonic()
+    drained.terminate("probed")
+    drained.until(lambda: drained.get("/ready", router.port)[0] == 503, what="it to be unready")
+    stream = start_streams(drained, asks(1, 5, kind="late"), port=router.port)
+    check_exact(stream)
+    assert drained.until_ended("probed", timeout_s=10.0) == 0
+    assert time.monotonic() - began >= 2.0
+    drained.stop_extra("probed")
+
+
 def test_a_second_signal_ends_a_router_at_once_and_its_clients_are_told(drained: Fleet) -> None:
     router = drained.add_router("third")
     running = start_streams(drained, asks(8, 200, kind="hurry router"), port=router.port)

@@ -107,7 +107,9 @@ def _is_legitimate(fleet: "Fleet", client: Client, code: str) -> bool:
         return True
     troubles = _troubles(fleet, begin, end)
     if code == "no_decode_worker":
-        troubles = [t for t in troubles if _hides_workers(t)]
+        deaf = [t.began_at for t in troubles if t.kind.startswith("router")]
+        begin = min([begin, *deaf])  # who was gone then, and came back, was not heard
+        troubles = [t for t in _troubles(fleet, begin, end) if _hides_workers(t)]
     if code == "worker_killer" and len({t.target for t in troubles} - {"*"}) < 3:
         return False
     if _sound_workers(fleet, client.router, troubles, begin, end):

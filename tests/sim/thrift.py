@@ -22,7 +22,6 @@ FREE_MOVES: Final = frozenset({"refused", "unknown_attempt", "gone", "no_replay"
 MAX_MOVES: Final = 4
 PROGRESS_TOKENS: Final = 64
 DEATHS: Final = frozenset({"crash", "freeze", "cut_bus"})
-MIN_DECODE: Final = 2
 GAP_S: Final = 5.0
 """A worker falls silent, which is noticed after 2.5 s, and another one goes on."""
 
@@ -90,11 +89,29 @@ def _after_hiccups(fleet: "Fleet") -> list[str]:
 
 
 def _after_a_death(fleet: "Fleet") -> list[str]:
-    """Somebody else goes on soon, if there is somebody else: without a decode worker all wait."""
-    if sum(role != "prefill" for role in fleet.plan.roles) < MIN_DECODE:
+    """Somebody else goes on soon, if there is somebody else who has a place."""
+    if any(trouble.kind == "burst" for trouble in fleet.troubles):
         return []
     return [
         f"{client.spec.choice}: no token for {client.longest_gap_s:.2f} s"
         for client in fleet.clients
-        if client.longest_gap_s > GAP_S
+        if client.longest_gap_s > GAP_S and _has_place(fleet, client)
     ]
+
+
+def _has_place(fleet: "Fleet", client: Client) -> bool:
+    """Whether all who wanted one while this client did had one without the worker that is gone."""
+    plan = fleet.plan
+    num_others = sum(role != "prefill" for role in plan.roles) - 1
+    end = client.over_at or client.last_at
+    together = [
+        other
+        for other in fleet.clients
+        if other.submitted_at <= end
+        and (other.over_at is None or other.over_at >= client.submitted_at)
+    ]
+    tokens = sum(one.spec.num_prompt_tokens + len(one.answer.ids) for one in together)
+    return (
+        len(together) <= num_others * plan.max_running
+        and tokens <= num_others * plan.num_blocks * fleet.model.block_size
+    )

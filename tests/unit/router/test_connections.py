@@ -13,7 +13,7 @@ def test_an_idle_one_is_kept_for_the_grace() -> None:
     connections = Connections[str]()
     connections.begin("a")
     connections.end("a", 10.0)
-    connections.start_drain(100.0)
+    connections.start_drain(100.0, ["a", "never asked"])
     assert connections.forsaken(["a", "never asked"], 104.9, GRACE_S) == []
     assert connections.forsaken(["a", "never asked"], 105.0, GRACE_S) == ["a", "never asked"]
 
@@ -23,8 +23,17 @@ def test_a_busy_one_is_kept_and_gets_the_grace_afterwards() -> None:
     last one."""
     connections = Connections[str]()
     connections.begin("a")
-    connections.start_drain(100.0)
+    connections.start_drain(100.0, ["a"])
     assert connections.forsaken(["a"], 120.0, GRACE_S) == []
     connections.end("a", 120.0)
     assert connections.forsaken(["a"], 124.9, GRACE_S) == []
     assert connections.forsaken(["a"], 125.0, GRACE_S) == ["a"]
+
+
+def test_one_that_comes_later_is_idle_since_then() -> None:
+    """Its request is on the wire, perhaps, and shall get an answer."""
+    connections = Connections[str]()
+    connections.start_drain(100.0, [])
+    assert connections.forsaken(["late"], 104.0, GRACE_S) == []
+    assert connections.forsaken(["late"], 108.9, GRACE_S) == []
+    assert connections.forsaken(["late"], 109.0, GRACE_S) == ["late"]

@@ -1,5 +1,7 @@
 """What an operator is told of a request: whole, leg by leg, bounded, and of no other one."""
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -234,3 +236,43 @@ async def test_every_second_chance_has_its_cause_and_worker() -> None:
         assert found["legs"][0]["ended"] == "answered"
         world.dispatch.cancel("q/0")
         assert client.over
+
+
+def test_an_error_does_not_keep_the_request_that_it_came_from(stories: Stories) -> None:
+    """An exception holds its frames, and they hold bodies of megabytes."""
+
+    class Body:
+        """Stands for one."""
+
+    def refuse(body: Body) -> None:
+        assert body is not None
+        raise ClientError(400, "no", code="invalid_value")
+
+    body = Body()
+    gone = weakref.ref(body)
+    try:
+        refuse(body)
+    except ClientError as error:
+        stories.answered("r", "POST /v1/completions", 400, error)
+    del body
+    gc.collect()
+    assert gone() is None
+    assert told(stories, "r")["error"]["code"] == "invalid_value"
+
+
+def test_a_client_that_went_and_asks_again_under_the_same_id_is_told_of_the_later_one(
+    stories: Stories, clock: Clock
+) -> None:
+    stories.began("r")
+    stories.submitted("r/0", "m")
+    stories.choice_ended(EndChoice("r/0", "cancelled", "decode", ""), None, 3)
+    stories.over("r")
+    clock.now += 1.0
+    stories.began("r")
+    refused = ClientError(400, "no", code="invalid_value")
+    stories.over("r")
+    stories.answered("r", "POST /v1/completions", 400, refused)
+    shown = [record.status for record in stories._all("r")]
+    assert shown.count(400) == 1
+    newest = max(stories._all("r"), key=lambda record: record.began)
+    assert newest.status == 400

@@ -13,7 +13,7 @@ def starts(commands: list[cmd.Command]) -> dict[str, int]:
 
 def replace(bench: Bench, worker: str, number: int) -> list[cmd.Command]:
     """The process died and has a successor that reports."""
-    fresh = info(worker, "decode", incarnation=f"{worker}-{number}")
+    fresh = info(worker, "decode", incarnation=f"{worker}-{number}", running=32)
     bench.incarnations[worker] = fresh.incarnation
     out = bench.feed(ev.WorkerListed(fresh))
     return out + bench.feed(ev.WorkerReported(worker, fresh.incarnation, report()))
@@ -152,6 +152,42 @@ def test_a_worker_that_only_seemed_dead_is_held_against_nobody_twice() -> None:
         assert ends(out) == []
         begun = starts(out)
     assert bench.scheduler._t.choices["calm"].tries.deaths == ["a-1", "a-2"]
+
+
+def test_a_process_that_is_heard_again_was_killed_by_nobody() -> None:
+    """A pause of the workers' side of the network must not make suspects of all streams."""
+    bench = Bench()
+    bench.list_workers(info("a", "decode"), info("b", "decode"))
+    silence_s = bench.scheduler._t.limits.silence_timeout_s
+    out = bench.feed(submitted("calm"))
+    tries = bench.scheduler._t.choices["calm"].tries
+    for _ in range(5):
+        start = only(out, cmd.StartDecode)
+        decode(bench, {"calm": start.attempt}, {"calm": 100})
+        out = bench.pass_time(silence_s + 0.1, start.worker)
+        assert tries.deaths == [f"{start.worker}-1"]
+        bench.feed(ev.Accepted(only(out, cmd.StartDecode).attempt))
+        assert ends(bench.pass_time(3.0)) == []
+        assert tries.deaths == []
+
+
+def test_when_some_suspects_were_harmless_those_that_wait_go_on_in_company() -> None:
+    """Two machines failed, and nobody is to blame: sixty streams do not wait for a minute."""
+    bench = Bench()
+    bench.list_workers(info("a", "decode", running=32))
+    out = suspects(bench, {f"c{n:02}": n for n in range(20)})
+    going: set[str] = set()
+    for _ in range(3):
+        assert len(starts(out)) == 1
+        decode(bench, starts(out), dict.fromkeys(starts(out), 1))
+        going |= starts(out).keys()
+        out = bench.pass_time(PROBATION_S)
+        out += bench.pass_time(PATIENCE_S) if not starts(out) else []
+    assert len(starts(out)) == 17
+    assert not going & starts(out).keys()
+    begun = starts(out)
+    decode(bench, begun, dict.fromkeys(begun, 1))
+    assert len(starts(replace(bench, "a", 4))) == 1, "once, for each"
 
 
 def test_who_waits_for_an_empty_worker_does_not_wait_for_ever() -> None:
