@@ -190,7 +190,7 @@ def test_servers_that_come_after_the_processes(run: Run, tmp_path: Path) -> None
     assert (router.process.poll(), worker.process.poll()) == (None, None)
     run("etcd", etcd_command(etcd_port, free_port(), tmp_path / "etcd"))
     until(lambda: get(port, "/ready")[0] == 200, "the worker", timeout_s=10.0)
-    assert router.says("router ready")
+    until(lambda: router.says("router ready"), "the router to say that it is ready")
     assert worker.says("worker ready")
     assert not router.says("Traceback")
     assert not worker.says("Traceback")
