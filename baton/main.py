@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
-from baton.bench import add_arguments, run_bench
+from baton.bench.command import add_arguments, run_bench
 from baton.logs import set_up_logs
 from baton.run import complain, run_process
 from baton.settings import add_flags, load_settings

@@ -181,7 +181,11 @@ class Model:
 
 
 class Fleet:
-    """All workers, by name, and the models they serve."""
+    """All workers, by name, and the models they serve.
+
+    `now` is the bus's clock, which stands still while our own bus is away: who was not heard then
+    is neither hoped for nor forgotten in that time.
+    """
 
     def __init__(self, limits: Limits) -> None:
         self.workers: dict[str, Worker] = {}

@@ -50,7 +50,7 @@ class FleetEvents:
             past = [i for i in worker.past if i != info.incarnation]
             past.append(worker.incarnation)
             self._remove(worker, "replaced", died=True)
-        fresh = t.fleet.add(info, t.now)
+        fresh = t.fleet.add(info, t.bus_now)
         fresh.past.extend(past)
         fresh.steps_at = t.bus_now
         t.arm_bus(fresh.silence, t.limits.silence_timeout_s)
@@ -61,7 +61,7 @@ class FleetEvents:
         worker.expired = False
         t.bus_deadlines.disarm(worker.grace)
         if info != worker.info:
-            t.fleet.update(worker, info, t.now)
+            t.fleet.update(worker, info, t.bus_now)
         self._refresh(worker)
 
     def on_unlisted(self, event: WorkerUnlisted) -> None:
@@ -86,21 +86,21 @@ class FleetEvents:
             self._remove(worker, "unlisted", died=False)
 
     def _refresh(self, worker: Worker) -> None:
-        if self._t.fleet.refresh(worker, self._t.now):
+        if self._t.fleet.refresh(worker, self._t.bus_now):
             self._t.dirty.add(worker.info.model)
 
     def _remove(self, worker: Worker, cause: str, *, died: bool) -> None:
         t = self._t
         worker.live = False
         worker.dead = True
-        t.fleet.refresh(worker, t.now)
+        t.fleet.refresh(worker, t.bus_now)
         self._evacuate(worker, cause, died=died)
         for timer in (
             worker.silence, worker.grace, worker.suspect_timer, worker.refused_timer,
             worker.reask, worker.renew, worker.claim_timer,
         ):  # fmt: skip
             t.bus_deadlines.disarm(timer)
-        t.fleet.remove(worker, t.now)
+        t.fleet.remove(worker, t.bus_now)
         t.out.append(Note("removed", cause, worker.id))
 
     def _evacuate(self, worker: Worker, cause: str, *, died: bool) -> None:
@@ -320,7 +320,7 @@ class FleetEvents:
             t.ask_replay(attempt, patience=AFTER_OUTAGE_PATIENCE, blameless=True, cause="bus_up")
         if t.attempts:
             t.out.append(Note("replay", "bus_up"))
-        t.fleet.hope_again(t.now)
+        t.fleet.hope_again(t.bus_now)
         t.dirty.update(t.fleet.models)
 
     # -- what is cached where

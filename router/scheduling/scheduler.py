@@ -159,12 +159,12 @@ class Scheduler:
     def _why_rejected(self, event: Submitted) -> str:
         """The error code, or empty if the choice may at least wait."""
         t = self._t
-        model = t.fleet.known(event.model, t.now)
+        model = t.fleet.known(event.model, t.bus_now)
         if model is None:
             return "model_not_found"
         groups = [g for g in model.groups.values() if event.model_digest in ("", g.digest)]
         if not any(group.decode.order for group in groups) and (
-            not groups or t.now >= model.hope_until
+            not groups or t.bus_now >= model.hope_until
         ):
             return "no_decode_worker"
         longest = max(group.max_context for group in groups)
@@ -254,7 +254,7 @@ class Scheduler:
         return {
             name: _model_view(model)
             for name, model in fleet.models.items()
-            if fleet.known(name, self._t.now) is not None
+            if fleet.known(name, self._t.bus_now) is not None
         }
 
     def story(self, choice: str) -> list[tuple[float, str]]:

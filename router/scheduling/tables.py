@@ -212,7 +212,7 @@ class Tables:
         worker.suspected = True
         worker.suspected_at = self.bus_now
         self.arm_bus(worker.suspect_timer, pause_s)
-        self.fleet.refresh(worker, self.now)
+        self.fleet.refresh(worker, self.bus_now)
         self.dirty.add(worker.info.model)
         self.out.append(Note("suspected", cause, worker.id))
 

@@ -62,6 +62,10 @@ class OutputDelivery:
         self._open[key] = serial
         return True
 
+    @property
+    def num_open(self) -> int:
+        return len(self._open)
+
     def forget(self, key: JobKey) -> None:
         self._open.pop(key, None)
 

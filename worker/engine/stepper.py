@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import count
 from typing import Final
 
@@ -143,7 +144,11 @@ class Stepper:
         self._post(Release(tuple(handle_ids)))
 
     def load(self) -> Load:
-        return self._load
+        """As the thread left it, and what it has not come to since: one that hangs in its first
+        step would seem idle for ever."""
+        load, delivery = self._load, self._delivery
+        unseen = delivery.num_open - load.running - load.waiting if delivery is not None else 0
+        return replace(load, waiting=load.waiting + unseen) if unseen > 0 else load
 
     def stats(self) -> EngineStats:
         return self._stats

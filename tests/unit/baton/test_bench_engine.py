@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from baton import bench_torch
+from baton.bench import engine_sides
 from baton.main import main
 
 SHORT = ["bench", "engine", "--models=tiny", "--rounds=1", "--longest=64", "--threads=1"]
@@ -39,7 +39,7 @@ def test_table_has_a_line_for_each_cell_and_both_sides_say_the_same(
     assert len(rows) == len(lines)
     for row, line in zip(rows, lines, strict=True):
         assert row["cache"] == line.split()[-2]
-        assert row["cache"] in bench_torch.Theirs.caches
+        assert row["cache"] in engine_sides.Theirs.caches
         for name in ("ours_ms", "theirs_ms", "ratio", "ours_cpu_ms", "theirs_cpu_ms", "cpu_ratio"):
             assert row[name] > 0
     assert said.err.count("round 1 of 1") == len(lines)
@@ -48,8 +48,8 @@ def test_table_has_a_line_for_each_cell_and_both_sides_say_the_same(
 def test_sides_that_disagree_are_shown_and_fail(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hot = msgspec.structs.replace(bench_torch._GREEDY, temperature=2.0)
-    monkeypatch.setattr(bench_torch, "_GREEDY", hot)
+    hot = msgspec.structs.replace(engine_sides._GREEDY, temperature=2.0)
+    monkeypatch.setattr(engine_sides, "_GREEDY", hot)
     assert main(SHORT) == 1
     assert "DIFFER" in capsys.readouterr().out
 
@@ -76,7 +76,7 @@ def test_missing_library_is_named_in_one_line(
     missing: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, missing, None)
-    monkeypatch.delitem(sys.modules, "baton.bench_torch")
+    monkeypatch.delitem(sys.modules, "baton.bench.engine_sides")
     assert main(SHORT) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("baton: `baton bench engine` ")

@@ -9,18 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from baton import bench_transfer
-from baton.bench import add_arguments, run_bench
-from baton.bench_peer import BLOCK_BYTES, check, fill
-from baton.bench_transfer import PATHS, PULLS, Measured, Row, run_transfers, table
+from baton.bench import transfer
+from baton.bench.command import add_arguments, run_bench
+from baton.bench.transfer import PATHS, PULLS, Measured, Row, run_transfers, table
+from baton.bench.transfer_peer import BLOCK_BYTES, check, fill
 from protocol.errors import ConfigError
 from worker.kv.arena import Arena
 
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_transfer, "PULLS", dict.fromkeys(PULLS, 1))
-    monkeypatch.setattr(bench_transfer, "_IDLE_S", 0.05)
+    monkeypatch.setattr(transfer, "PULLS", dict.fromkeys(PULLS, 1))
+    monkeypatch.setattr(transfer, "_IDLE_S", 0.05)
 
 
 def parsed(*flags: str) -> argparse.Namespace:
@@ -72,7 +72,7 @@ async def test_stopped_early_it_prints_what_it_has_and_leaves_nothing(
         await asyncio.Event().wait()
         raise AssertionError
 
-    monkeypatch.setattr(bench_transfer, "_ask", stop_at_once)
+    monkeypatch.setattr(transfer, "_ask", stop_at_once)
     assert await run_transfers(parsed("--paths=shm"), stop) == 130
     assert "| shm | - | - | - | - | - | not measured |" in capsys.readouterr().out
     assert pids

@@ -211,3 +211,19 @@ async def test_nothing_is_heard_after_stop_and_misuse_is_told() -> None:
     async with asyncio.timeout(PATIENCE_S):
         assert await stepper.stop()
     assert not recorder.of(key).deltas
+
+
+async def test_an_engine_that_hangs_in_its_first_step_does_not_seem_idle() -> None:
+    async with running() as w:
+        assert (w.stepper.load().running, w.stepper.load().waiting) == (0, 0)
+        w.runner.shut()
+        first = w.decode(prompt_of(10), Sampling(max_tokens=2))
+        await w.runner.entered.wait()
+        second = w.decode(prompt_of(10), Sampling(max_tokens=2))
+        assert (w.stepper.load().running, w.stepper.load().waiting) == (0, 2)
+        w.stepper.cancel(second)
+        assert w.stepper.load().waiting == 1
+        w.runner.open()
+        await w.over(first)
+        await w.idle()
+        assert (w.stepper.load().running, w.stepper.load().waiting) == (0, 0)

@@ -128,9 +128,18 @@ def test_after_an_outage_requests_wait_for_workers_that_were_thought_silent() ->
     bench.pass_time(3.0, "*")
     bench.feed(ev.BusDown())
     bench.now += 20.0
-    assert ends(bench.feed(submitted("early"))) == [("rejected", "queue", "no_decode_worker")]
+    assert bench.feed(submitted("early")) == [], "nothing was heard because nothing could be"
     bench.feed(ev.BusUp())
+    bench.now += 9.0
     assert bench.feed(submitted("late")) == []
     out = bench.feed(ev.WorkerReported("a", "a-1", report()))
     out += bench.pass_time(1.5)
-    assert [c.choice for c in out if isinstance(c, cmd.StartDecode)] == ["late"]
+    assert [c.choice for c in out if isinstance(c, cmd.StartDecode)] == ["early", "late"]
+
+
+def test_an_outage_gives_no_hope_for_workers_that_were_long_gone_before() -> None:
+    bench = Bench()
+    bench.list_workers(info("a"))
+    bench.pass_time(20.0, "*")
+    bench.feed(ev.BusDown())
+    assert ends(bench.feed(submitted())) == [("rejected", "queue", "no_decode_worker")]

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from baton.bench_peer import BLOCK_BYTES, NUM_BLOCKS, NUM_SCATTERED
+from baton.bench.transfer_peer import BLOCK_BYTES, NUM_BLOCKS, NUM_SCATTERED
 from protocol.errors import ConfigError
 
 _START_S: Final = 60.0
@@ -77,9 +77,10 @@ class PeerFailed(Exception):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--paths", default=",".join(PATHS), metavar="P,P", help="which (transfer; default: all)"
+        "--paths", default=",".join(PATHS), metavar="P,P", help="which; default: all"
     )
-    parser.add_argument("--repeats", type=int, default=3, help="rounds over all paths (transfer)")
+    parser.add_argument("--repeats", type=int, default=3, help="rounds over all paths")
+    parser.add_argument("--json", metavar="F", default="", help="write the seconds of every pull")
 
 
 async def run_transfers(args: argparse.Namespace, stop: asyncio.Event) -> int:
@@ -170,7 +171,7 @@ async def _peer(
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
-        "baton.bench_peer",
+        "baton.bench.transfer_peer",
         json.dumps(options),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,

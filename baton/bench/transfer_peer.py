@@ -1,6 +1,6 @@
 """One of the two processes of `baton bench transfer`: the source, or the sink that measures.
 
-    python -m baton.bench_peer '{"role": "source", "path": "shm", ...}'
+    python -m baton.bench.transfer_peer '{"role": "source", "path": "shm", ...}'
 
 Says one line of JSON first (the source: what the sink needs), then answers one line to each line.
 """
@@ -18,7 +18,7 @@ from typing import Any, Final, TextIO
 
 import msgspec
 
-from baton.bench_floors import FLOORS, BlockPath
+from baton.bench.transfer_floors import FLOORS, BlockPath
 from protocol.errors import ConfigError
 from protocol.handoff import Offer
 from worker.kv.arena import Arena, LeaseTable, ScratchWords

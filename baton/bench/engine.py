@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Final
 from protocol.errors import ConfigError
 
 if TYPE_CHECKING:
-    from baton.bench_torch import Ours, Theirs
+    from baton.bench.engine_sides import Ours, Theirs
 
 _MODELS: Final = ("tiny", "100m")
 _CHUNK: Final = 512
@@ -88,16 +88,12 @@ class _Stopped(Exception):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("engine")
-    group.add_argument("--models", default=",".join(_MODELS), help="of tiny, 100m (engine)")
-    group.add_argument("--rounds", type=int, default=5, help="turns of both sides (engine)")
-    group.add_argument(
-        "--longest", type=int, default=_LONGEST, help="context or prompt, in tokens (engine)"
-    )
-    group.add_argument("--threads", type=int, default=0, help="of torch; 0: all cores (engine)")
-    group.add_argument(
-        "--dtype", choices=["float32", "bfloat16"], default="float32", help="(engine)"
-    )
+    parser.add_argument("--models", default=",".join(_MODELS), help="of tiny, 100m")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of both sides")
+    parser.add_argument("--longest", type=int, default=_LONGEST, help="context or prompt, tokens")
+    parser.add_argument("--threads", type=int, default=0, help="of torch; 0: all cores")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--json", metavar="F", default="", help="write the rows there as well")
 
 
 async def run_engine(args: argparse.Namespace, stop: asyncio.Event) -> int:
@@ -123,7 +119,7 @@ def _measure(
     args: argparse.Namespace, models: list[str], stop: asyncio.Event, rows: list[Row]
 ) -> None:
     try:
-        from baton.bench_torch import Ours, Theirs, set_threads
+        from baton.bench.engine_sides import Ours, Theirs, set_threads
     except ImportError as error:
         raise ConfigError(f"`baton bench engine` needs torch: {error}") from None
     set_threads(args.threads)

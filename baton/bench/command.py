@@ -1,0 +1,110 @@
+"""The command line of `baton bench`, and what its measurements have in common."""
+
+import argparse
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from typing import NamedTuple
+
+from baton.bench import engine, latency, requests, scheduler, tokens, transfer
+from baton.bench.report import Row, check_json, table, write_json
+from protocol.errors import ConfigError
+
+
+class _Figures(NamedTuple):
+    """A measurement whose result is rows of figures."""
+
+    text: str
+    title: str
+    columns: Mapping[str, str]
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    measure: Callable[[argparse.Namespace, asyncio.Event, list[Row]], Awaitable[None]]
+    has_fleet: bool = True
+
+
+_FIGURES = {
+    "tokens": _Figures(
+        "CPU of each process per paced streamed token",
+        tokens.TITLE, tokens.COLUMNS, tokens.add_arguments, tokens.measure,
+    ),
+    "requests": _Figures(
+        "CPU of each process per disaggregated request",
+        requests.TITLE, requests.COLUMNS, requests.add_arguments, requests.measure,
+    ),
+    "latency": _Figures(
+        "added time to the first token at low load",
+        latency.TITLE, latency.COLUMNS, latency.add_arguments, latency.measure,
+    ),
+    "scheduler": _Figures(
+        "CPU of the scheduler alone per event",
+        scheduler.TITLE, scheduler.COLUMNS, scheduler.add_arguments, scheduler.measure,
+        has_fleet=False,
+    ),
+}  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    kinds = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
+    for name, kind in _FIGURES.items():
+        one = kinds.add_parser(name, help=kind.text, description=kind.text)
+        kind.add_arguments(one)
+        one.add_argument("--rounds", type=int, default=5, help="the table shows their medians")
+        one.add_argument("--json", metavar="F", default="", help="write every round there as well")
+        if kind.has_fleet:
+            _add_fleet(one)
+    one = kinds.add_parser("transfer", help="every transport beside memcpy, a socket and bare NIXL")
+    transfer.add_arguments(one)
+    one = kinds.add_parser("engine", help="the torch engine's steps beside transformers")
+    engine.add_arguments(one)
+
+
+def _add_fleet(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--prefill", type=int, default=1, metavar="N", help="prefill workers")
+    parser.add_argument("--decode", type=int, default=1, metavar="N", help="decode workers")
+    parser.add_argument(
+        "--processes", type=int, default=0, metavar="N", help="routers; 0: one without a parent"
+    )
+
+
+async def run_bench(args: argparse.Namespace, stop: asyncio.Event) -> int:
+    """Measure, print a table. Raises ConfigError. Stopped early, it prints what it has."""
+    if args.what == "engine":
+        return await engine.run_engine(args, stop)
+    if args.what == "transfer":
+        return await transfer.run_transfers(args, stop)
+    kind = _FIGURES[args.what]
+    _check(args)
+    rows: list[Row] = []
+    stopped = await _until_stopped(kind.measure(args, stop, rows), stop)
+    print(table(kind.title, rows, kind.columns))
+    if args.json:
+        write_json(args.json, args.what, rows)
+    return 130 if stopped else 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Every number that must be one, before anything starts."""
+    check_json(args.json)
+    for name in ("rounds", "requests", "tokens", "prefill", "decode", "inflight"):
+        if getattr(args, name, 1) < 1:
+            raise ConfigError(f"--{name} must be at least 1")
+    for name in ("streams", "concurrency", "workers"):
+        for text in getattr(args, name, "1").split(","):
+            if not (text.isdecimal() and int(text)):
+                raise ConfigError(f"--{name} takes numbers above 0, not {text!r}")
+    for name in ("step_ms", "gap_ms"):
+        if getattr(args, name, 1.0) <= 0:
+            raise ConfigError(f"--{name.replace('_', '-')} must be above 0")
+
+
+async def _until_stopped(measure: Awaitable[None], stop: asyncio.Event) -> bool:
+    """Whether it was stopped. What was measured stays."""
+    measuring = asyncio.ensure_future(measure)
+    stopping = asyncio.ensure_future(stop.wait())
+    await asyncio.wait([measuring, stopping], return_when=asyncio.FIRST_COMPLETED)
+    for task in (measuring, stopping):
+        task.cancel()
+    await asyncio.wait([measuring, stopping])
+    if measuring.cancelled():
+        return True
+    measuring.result()
+    return stop.is_set()

@@ -1,0 +1,136 @@
+"""A fleet of real processes with simulated engines, and what each kind of process has used.
+
+CPU is the scheduler's own count in nanoseconds, over all threads; a router's children count as the
+router. Memory is the resident set.
+"""
+
+import asyncio
+import json
+import os
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from protocol.errors import ConfigError
+
+_START_TIMEOUT_S: Final = 60.0
+ROLES: Final = ("router", "nats", "prefill", "decode")
+"""What serves; etcd is not asked while requests run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What to start."""
+
+    step_ms: float = 0.0
+    """Of the simulated engine; 0: no time."""
+    prefill: int = 1
+    decode: int = 1
+    processes: int = 0
+    """Routers under a parent; 0: one without."""
+    settings: Mapping[str, str] = field(default_factory=dict)
+    """`ROLE.NAME` -> value, as `baton up --set` takes them."""
+
+    def command(self, state: Path) -> list[str]:
+        settings = {
+            "worker.sim_step_ms": f"{self.step_ms}",
+            "worker.sim_prefill_tokens_per_s": "0",
+            "worker.max_running": "512",
+            "worker.max_step_tokens": "65536",
+            "router.log_level": "warning",
+            "worker.log_level": "warning",
+            **({"router.processes": str(self.processes)} if self.processes else {}),
+            **self.settings,
+        }
+        return [
+            *(sys.executable, "-m", "baton", "up", "--engine=simulated", "--port=0"),
+            *(f"--prefill={self.prefill}", f"--decode={self.decode}", f"--state-dir={state}"),
+            *(f"--set={name}={value}" for name, value in settings.items()),
+        ]
+
+
+class Process:
+    """One kind of process: by its pids, whose children belong to it."""
+
+    def __init__(self, *pids: int) -> None:
+        self._pids = pids
+
+    def cpu_ns(self) -> int:
+        return sum(_cpu_ns(pid) for root in self._pids for pid in _tree(root))
+
+    def rss_mb(self) -> float:
+        return sum(_rss_mb(pid) for root in self._pids for pid in _tree(root))
+
+
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    port: int
+    kinds: dict[str, Process]
+    """By role."""
+
+    def cpu_ns(self) -> dict[str, int]:
+        return {role: kind.cpu_ns() for role, kind in self.kinds.items()}
+
+
+@asynccontextmanager
+async def running(shape: Shape) -> AsyncIterator[Fleet]:
+    """Raises ConfigError if it does not start."""
+    with tempfile.TemporaryDirectory(prefix="baton-bench-") as folder:
+        state = Path(folder)
+        process = await asyncio.create_subprocess_exec(
+            *shape.command(state), stdout=asyncio.subprocess.PIPE, start_new_session=True
+        )
+        try:
+            await _until_up(process)
+            yield _fleet(state)
+        finally:
+            with suppress(ProcessLookupError):
+                process.terminate()
+            await process.wait()
+
+
+async def _until_up(process: asyncio.subprocess.Process) -> None:
+    assert process.stdout is not None
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_START_TIMEOUT_S):
+            while line := await process.stdout.readline():
+                if b"Baton is up" in line:
+                    return
+    raise ConfigError("the fleet did not start; run `baton up --engine simulated` to see why")
+
+
+def _fleet(state: Path) -> Fleet:
+    pids: dict[str, list[int]] = defaultdict(list)
+    port = 0
+    for entry in json.loads((state / "processes.json").read_text()):
+        pids[entry["role"]].append(entry["pid"])
+        if entry["role"] == "router":
+            port = entry["port"]
+    return Fleet(port, {role: Process(*pids[role]) for role in ROLES})
+
+
+def _tree(root: int) -> list[int]:
+    found = [root]
+    for pid in found:
+        for tasks in Path(f"/proc/{pid}/task").glob("*/children"):
+            with suppress(OSError):
+                found.extend(int(child) for child in tasks.read_text().split())
+    return found
+
+
+def _cpu_ns(pid: int) -> int:
+    total = 0
+    for path in Path(f"/proc/{pid}/task").glob("*/schedstat"):
+        with suppress(OSError):  # the thread has ended
+            total += int(path.read_text().split()[0])
+    return total
+
+
+def _rss_mb(pid: int) -> float:
+    resident = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return resident * os.sysconf("SC_PAGE_SIZE") / (1 << 20)
