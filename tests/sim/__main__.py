@@ -11,6 +11,8 @@ from tests.sim.plan import make_plan
 from tests.sim.run import collect, run_plan, run_seed, shrink, told
 
 AT_ONCE = 20
+SAY_EVERY = 25
+"""So many batches."""
 
 Batch = tuple[int, int, int, float, dict[str, int], list[int], list[str]]
 
@@ -47,13 +49,16 @@ def many(seeds: range, jobs: int) -> int:
     errors: Counter[str] = Counter()
     failed: list[int] = []
     with ProcessPoolExecutor(jobs) as pool:
-        for batch in pool.map(run_batch, batches) if jobs > 1 else map(run_batch, batches):
+        results = pool.map(run_batch, batches) if jobs > 1 else map(run_batch, batches)
+        for number, batch in enumerate(results):
             choices, completed, routed = choices + batch[0], completed + batch[1], routed + batch[2]
             virtual_s += batch[3]
             errors.update(batch[4])
             failed += batch[5]
             for text in batch[6]:
                 print(text, flush=True)
+            if not number % SAY_EVERY:
+                print(f"seed {batches[number][-1]}, {len(failed)} failed", file=sys.stderr)
     print(
         f"{len(seeds)} seeds, {choices} choices, {completed} completed, errors {dict(errors)}, "
         f"{routed} callbacks, {virtual_s / 3600:.1f} virtual hours in "

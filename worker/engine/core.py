@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Final
 
+from protocol.errors import LocalError
 from protocol.ids import JobKey
 from protocol.out import Delta, Leg
 from text.tokenizer import Tokenizer
@@ -75,7 +76,6 @@ class EngineCore:
         self._known: dict[JobKey, ActiveSequence] = {}
         self._compiling: list[ActiveSequence] = []
         """Wait for their grammar, the longest waiting first."""
-        self._unlent: list[ActiveSequence] = []
         self._drains: list[asyncio.Event] = []
         self._broken = ""
         self._num_events = 0
@@ -108,11 +108,10 @@ class EngineCore:
         """Do what is due. True if there may be more to do at once."""
         self._lender.expire(now)
         self._settle(self._puller.tick(now), now)
-        self._lend_parked(now)
         self._give_up_grammars(now)
         before = self._roster.num_preempted
         self._admit(now)
-        for standing in (self._roster.waiting, self._compiling, self._unlent):
+        for standing in (self._roster.waiting, self._compiling):
             telling.waiting(self._outputs, standing, now)
         planned = self._roster.plan(max_step_tokens=self._config.max_step_tokens)
         if planned:
@@ -171,7 +170,7 @@ class EngineCore:
     def load(self) -> Load:
         counts = self._pool.counts()
         return Load(
-            running=len(self._roster.running) + self._puller.num_pulling + len(self._unlent),
+            running=len(self._roster.running) + self._puller.num_pulling,
             waiting=len(self._roster.waiting) + len(self._compiling),
             num_blocks=self._num_blocks,
             free_blocks=self._pool.num_available,
@@ -271,14 +270,14 @@ class EngineCore:
     # admission
 
     def _admit(self, now: float) -> None:
-        """In order of arrival; who follows another one's prefix lets later ones pass."""
+        """In order of arrival; who waits for another one's prefix or lease lets later ones pass."""
         roster, passed = self._roster, 0
         while passed < len(roster.waiting):
-            num_active = len(roster.running) + self._puller.num_pulling + len(self._unlent)
+            num_active = len(roster.running) + self._puller.num_pulling
             if num_active >= self._config.max_running:
                 return
             sequence = roster.waiting[passed]
-            if roster.follows(sequence):
+            if roster.follows(sequence) or self._lacks_lease(sequence):
                 passed += 1
                 continue
             if not roster.place(sequence, alone=num_active == 0):
@@ -292,6 +291,14 @@ class EngineCore:
             else:
                 sequence.stage = Stage.PULLING
                 self._settle(self._puller.begin(sequence, now), now)
+
+    def _lacks_lease(self, sequence: ActiveSequence) -> bool:
+        """A prefill that could not be lent when it is done would stand in the way of those whose
+        pulls end the leases, and of its own end for ever."""
+        num_free = self._lender.num_free_slots
+        if not sequence.is_prefill or num_free > self._config.max_running:
+            return False
+        return sum(running.is_prefill for running in self._roster.running) >= num_free
 
     def _settle(self, outcomes: Sequence[PullOutcome], now: float) -> None:
         for outcome in outcomes:
@@ -363,20 +370,11 @@ class EngineCore:
             telling.prefilled(self._outputs, sequence, first, None, now)
             self._drop(sequence, now)
             return
-        sequence.first = first
-        self._roster.park(sequence, Stage.LENDING)
-        self._unlent.append(sequence)
-        self._lend_parked(now)
-
-    def _lend_parked(self, now: float) -> None:
-        """Lend what was prefilled, in order, as long as there are lease slots."""
-        while self._unlent:
-            sequence = self._unlent[0]
-            handle = self._lender.lend(sequence, now)
-            if handle is None:
-                return
-            telling.prefilled(self._outputs, sequence, sequence.first, handle, now)
-            self._drop(sequence, now)
+        handle = self._lender.lend(sequence, now)
+        if handle is None:
+            raise LocalError("a prefill has run for which there is no lease")
+        telling.prefilled(self._outputs, sequence, first, handle, now)
+        self._drop(sequence, now)
 
     # endings
 
@@ -384,8 +382,6 @@ class EngineCore:
         """It is over here, wherever it stands."""
         if sequence.stage is Stage.PULLING:
             self._puller.abandon(sequence, now)
-        elif sequence.stage is Stage.LENDING:
-            self._unlent.remove(sequence)
         elif sequence.stage is Stage.COMPILING:
             self._compiling.remove(sequence)
         self._roster.drop(sequence)

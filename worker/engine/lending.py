@@ -48,6 +48,10 @@ class Lender:
         return key in self._handles
 
     @property
+    def num_free_slots(self) -> int:
+        return self._source.num_free_slots
+
+    @property
     def num_lent(self) -> int:
         return self._source.num_lent
 

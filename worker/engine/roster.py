@@ -120,12 +120,6 @@ class Roster:
         self._pool.release(sequence.forget_blocks())
         sequence.stage = Stage.ENDED
 
-    def park(self, sequence: ActiveSequence, stage: Stage) -> None:
-        """It keeps its blocks and takes no part in the steps."""
-        if sequence.stage is Stage.RUNNING:
-            self.running.remove(sequence)
-        sequence.stage = stage
-
     def validate(self, chunks: Sequence[Chunk]) -> None:
         """Raises LocalError if one of them would write what others may read."""
         for chunk in chunks:

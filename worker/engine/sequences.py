@@ -41,8 +41,6 @@ class Stage(Enum):
     PULLING = "pulling"
     """Its KV is on the way."""
     RUNNING = "running"
-    LENDING = "lending"
-    """Prefilled, waiting for a free lease slot."""
     ENDED = "ended"
 
 
@@ -94,8 +92,6 @@ class ActiveSequence:
     hashes: list[bytes] = field(default_factory=list)
     refused_at: tuple[int, int] | None = None
     """The state of the pool in which it had no room: not tried again before that changes."""
-    first: Delta | None = None
-    """A prefill's first token while it waits for a lease slot."""
     grammar: GrammarState | None = None
     """Behind the last of `ids`."""
     prompt_logprobs: list[TokenLogprob | None] | None = None

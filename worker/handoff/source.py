@@ -105,6 +105,11 @@ class Source:
         self._now = float("-inf")
 
     @property
+    def num_free_slots(self) -> int:
+        """Leases that can begin now."""
+        return len(self._free_slots)
+
+    @property
     def num_lent(self) -> int:
         """Leases that have not ended."""
         return len(self._lent)

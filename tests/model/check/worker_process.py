@@ -199,7 +199,7 @@ class WorkerProcess:
     def wants_turn(self) -> bool:
         thread, core = self.thread, self.thread.core
         roster = core._roster
-        if thread._inbox or roster.running or roster.waiting or core._unlent:
+        if thread._inbox or roster.running or roster.waiting:
             return True
         due = core._lender.next_deadline()
         return due is not None and due <= self.now
@@ -285,7 +285,7 @@ class WorkerProcess:
         core, content = self.thread.core, self.thread.memory.content
         size = core._limits.block_size
         for sequence in core._known.values():
-            if sequence.stage in (Stage.RUNNING, Stage.LENDING):
+            if sequence.stage is Stage.RUNNING:
                 self._check_sequence(sequence, size)
         for digest, block in core._pool._cached.items():
             if _digest_of(content[block], size) != digest:

@@ -118,6 +118,21 @@ async def test_prefill_waits_for_a_free_lease_slot() -> None:
         w.stepper.cancel(second)
 
 
+async def test_those_who_wait_for_a_lease_let_the_pull_pass_that_ends_it() -> None:
+    async with running(replace(SMALL, num_leases=1, max_running=1), max_running=1) as w:
+        first = w.prefill(prompt_of(5))
+        result = (await w.over(first)).prefilled
+        assert result is not None
+        assert result.first is not None
+        second = w.prefill(prompt_of(5, salt=1))
+        await w.recorder.until(lambda: w.recorder.of(second).accepted)
+        pull = w.decode(prompt_of(5), handle=result.handle, output_ids=result.first.ids)
+        assert (await w.over(pull)).failed is None
+        w.stepper.release([result.handle.handle_id])
+        assert (await w.over(second)).prefilled is not None
+        w.stepper.cancel(second)
+
+
 async def test_drain_waits_for_choices_and_leases() -> None:
     async with running() as w:
         async with asyncio.timeout(PATIENCE_S):
@@ -207,7 +222,7 @@ async def test_nothing_is_heard_after_stop_and_misuse_is_told() -> None:
     await stepper.start(recorder)
     key = new_key()
     stepper.submit(DecodeJob(key, "c/0", prompt_of(10), GREEDY))
-    await recorder.until(lambda: stepper.load().waiting == 0)
+    assert stepper.load().waiting == 1
     async with asyncio.timeout(PATIENCE_S):
         assert await stepper.stop()
     assert not recorder.of(key).deltas
