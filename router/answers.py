@@ -78,6 +78,12 @@ class ChunkTemplate:
             return self._head + inner + self._mid + _encode(finish) + b"}]}"
         return self._head + inner + self._mid + self._tail
 
+    def around(self) -> tuple[bytes, bytes]:
+        """What stands before and after the JSON of the text in every chunk but the first and the
+        last."""
+        before = self._head if self._kind == "text" else self._head + b'"content":'
+        return before, self._mid + self._tail
+
     def chunk_with(self, text: str, finish: str, logprobs: bytes) -> bytes:
         """The same with the JSON of its tokens' log-probabilities."""
         plain = self.chunk(text, finish)

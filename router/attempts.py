@@ -9,6 +9,9 @@ from router.choices import Choice
 from router.claims import Advance
 
 MAX_DONE: Final = 16_384
+MAX_STRAYS: Final = 4096
+STRAY_S: Final = 1.0
+"""An attempt that is not ours is answered this often at most."""
 
 
 @dataclass(slots=True, eq=False)
@@ -59,3 +62,20 @@ class Attempts:
 
     def is_done(self, number: int) -> bool:
         return number in self._done
+
+
+class Strays:
+    """Attempts that workers speak of and that are not ours: when each was last answered."""
+
+    def __init__(self) -> None:
+        self._answered: dict[tuple[str, int], float] = {}
+
+    def is_due(self, incarnation: str, attempt: int, now: float) -> bool:
+        """Whether to answer now; then it is taken as done."""
+        key = (incarnation, attempt)
+        if now - self._answered.get(key, float("-inf")) < STRAY_S:
+            return False
+        if len(self._answered) >= MAX_STRAYS:
+            self._answered.clear()
+        self._answered[key] = now
+        return True

@@ -31,7 +31,8 @@ from protocol.out import (
 )
 from protocol.subjects import Subjects
 from router import claims
-from router.attempts import Attempt, Attempts
+from router.attempts import Attempt, Attempts, Strays
+from router.choices import Choice
 from router.metrics import RouterMetrics
 from router.pairs import Way
 from router.scheduling import events as ev
@@ -40,13 +41,11 @@ _log = logging.getLogger("baton.router")
 
 Outcome = Accepted | Refused | Progress | Prefilled | Decoding | Failed
 
-STRAY_S: Final = 1.0
-"""An attempt that is not ours is answered this often at most."""
 REPLAY_S: Final = 0.2
 """The same hole of a stream is asked for this often at most."""
 TAIL_S: Final = 0.15
 """An envelope may be overtaken by a load report for so long."""
-MAX_STRAYS: Final = 4096
+NO_DELTA: Final = "a delta that cannot be"
 MAX_SOURCES: Final = 16_384
 
 
@@ -92,7 +91,7 @@ class Inbox:
         self._tell = tell
         self._transports = claims.Labels()
         self._sources: dict[tuple[str, str], _Source] = {}
-        self._strays: dict[tuple[str, int], float] = {}
+        self._strays = Strays()
         self._on_client_gone: dict[str, Callable[[], None]] = {}
         self._bad = 0
         self._bad_logged_at = float("-inf")
@@ -151,17 +150,35 @@ class Inbox:
         self._post(entry.worker, entry.incarnation, Replay(number, have))
 
     def _on_frame(self, envelope: OutEnvelope, frame: StepFrame, now: float) -> None:
+        """The way of every token, so without detours: one more token in its turn goes straight to
+        its sink; whatever else a delta may be is `_deliver`'s."""
         attempts = self._attempts.live
+        worker, incarnation = envelope.worker, envelope.incarnation
         gap = -1.0
         for delta in frame.deltas:
             entry = attempts.get(delta.attempt)
-            if entry is None or not entry.is_of(envelope):
+            if entry is None or entry.incarnation != incarnation or entry.worker != worker:
                 self._stray(envelope, delta.attempt, now)
                 continue
-            if gap < 0.0 and entry.choice.last_at:
-                gap = now - entry.choice.last_at
-                self._metrics.token_gap(entry.choice.spec.model, gap)
-            self._deliver(delta.attempt, entry, delta, now)
+            choice = entry.choice
+            if gap < 0.0 and choice.last_at:
+                gap = now - choice.last_at
+                self._metrics.token_gap(choice.spec.model, gap)
+            ids, output = delta.ids, choice.output
+            if delta.finish or len(ids) != 1 or not 0 < len(output) == delta.index < choice.most:
+                self._deliver(delta.attempt, entry, delta, now)
+                continue
+            try:
+                output.append(ids[0])
+            except OverflowError:
+                self._disbelieve(delta.attempt, entry, NO_DELTA)
+                continue
+            entry.heard_at = choice.last_at = now
+            choice.chars += len(delta.text)
+            try:
+                choice.sink.delta(choice, delta)
+            except Exception:  # noqa: BLE001  the other streams of this frame must get theirs
+                self._on_stream_failed(choice)
         self._metrics.tokens(len(frame.deltas))
 
     def _deliver(self, number: int, entry: Attempt, delta: Delta, now: float) -> None:
@@ -177,9 +194,9 @@ class Inbox:
             return
         if not have and not self._begins(number, entry, now):
             return
-        ids = claims.new_ids(delta, have, choice.spec.sampling.max_tokens)
+        ids = claims.new_ids(delta, have, choice.most)
         if ids is None:
-            self._disbelieve(number, entry, "a delta that cannot be")
+            self._disbelieve(number, entry, NO_DELTA)
             return
         entry.heard_at = now
         choice.output.extend(ids)
@@ -188,12 +205,15 @@ class Inbox:
         choice.finish = delta.finish
         try:
             choice.sink.delta(choice, delta)
-        except Exception:  # noqa: BLE001  the other streams of this frame must get theirs
-            _log.exception("a stream failed choice=%s", choice.id)
-            self._feed(ev.ClientGone(choice.id))
+        except Exception:  # noqa: BLE001
+            self._on_stream_failed(choice)
             return
         if delta.finish and entry.leg == "decode":
             self._feed(ev.Ended(number))
+
+    def _on_stream_failed(self, choice: Choice) -> None:
+        _log.exception("a stream failed choice=%s", choice.id)
+        self._feed(ev.ClientGone(choice.id))
 
     def _disbelieve(self, number: int, entry: Attempt, what: str) -> None:
         """The worker said what cannot be true: the attempt is over, whatever else it may say."""
@@ -327,12 +347,8 @@ class Inbox:
         """An attempt we do not have: tell the worker to stop it, once a second at most."""
         if self._attempts.is_done(attempt):
             return
-        key = (envelope.incarnation, attempt)
-        if now - self._strays.get(key, float("-inf")) < STRAY_S:
+        if not self._strays.is_due(envelope.incarnation, attempt, now):
             return
-        if len(self._strays) >= MAX_STRAYS:
-            self._strays.clear()
-        self._strays[key] = now
         self._metrics.note("late", "stray")
         self._post(envelope.worker, envelope.incarnation, Cancel(attempt))
 

@@ -56,6 +56,9 @@ class ReplyWriter:
         except BusError:
             self._on_end()  # a stream with a hole is no stream: the silence tells the client
 
+    def splice(self, before: bytes, after: bytes) -> Callable[[bytes], None]:
+        return lambda middle: self.write(before + middle + after)
+
     def fail(self, error: ClientError) -> None:
         self.write(error_json(error, self._request_id))
         self._end(error.status, error.retry_after_s)

@@ -23,6 +23,9 @@ class ChunkWriter(Protocol):
     def write(self, chunk: bytes) -> None:
         """Send one JSON chunk; never waits."""
 
+    def splice(self, before: bytes, after: bytes) -> Callable[[bytes], None]:
+        """The same for chunks that differ only in their middle, which the result takes."""
+
     def fail(self, error: ClientError) -> None:
         """The request failed; before the first chunk the writer can still answer with a status."""
 
@@ -117,13 +120,21 @@ class StreamSink(JoinedSink):
     ) -> None:
         super().__init__(answer, specs, n, cancel)
         self._templates = [ChunkTemplate(answer, spec.index) for spec in specs]
+        self._splices: list[Callable[[bytes], None] | None] = [None for _ in specs]
+        """Of choices that have had their first chunk."""
         self._writer = writer
         self._include_usage = include_usage
 
     def delta(self, choice: Choice, delta: Delta) -> None:
-        if (delta.text or delta.finish) and not self.over:
-            template = self._templates[choice.spec.index]
+        index = choice.spec.index
+        splice = self._splices[index]
+        if splice is not None and not delta.finish:
+            if delta.text and not self.over:
+                splice(to_json(delta.text))
+        elif (delta.text or delta.finish) and not self.over:
+            template = self._templates[index]
             self._writer.write(template.chunk(delta.text, delta.finish))
+            self._splices[index] = self._writer.splice(*template.around())
 
     def _complete(self) -> None:
         if self._include_usage:

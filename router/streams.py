@@ -29,6 +29,8 @@ HIGH_BYTES: Final = 64 * 1024
 LOW_BYTES: Final = 16 * 1024
 """At most this much waiting never pauses the transport: aiohttp's writes do not wait then."""
 SWEEP_S: Final = 0.25
+_SIZES: Final = tuple(b"%x\r\n" % size for size in range(1024))
+"""Sizes of chunks as HTTP wants them."""
 _PING: Final = b": ping\n\n"
 _DONE: Final = b"data: " + DONE + b"\n\n"
 
@@ -67,11 +69,14 @@ class SseWriter:
     # --- the sink's side ---
 
     def write(self, chunk: bytes) -> None:
-        self._send(b"data: " + chunk + b"\n\n")
+        self.send(b"data: " + chunk + b"\n\n")
+
+    def splice(self, before: bytes, after: bytes) -> Callable[[bytes], None]:
+        return _Splice(self, b"data: " + before, after + b"\n\n").write
 
     def fail(self, error: ClientError) -> None:
         if self._prepared or self._ready.is_set():
-            self._send(b"data: " + error_json(error, self._request_id) + b"\n\n")
+            self.send(b"data: " + error_json(error, self._request_id) + b"\n\n")
         else:
             self._error = error
         self.finish()
@@ -82,12 +87,27 @@ class SseWriter:
 
     # --- the socket ---
 
-    def _send(self, data: bytes) -> None:
+    def room(self) -> asyncio.Transport | None:
+        """Where a chunk may be written at once, framed by the caller; None: it has to wait, or is
+        not to be framed, or nobody would get it."""
+        transport = self._transport
+        if (
+            transport is None
+            or self._held
+            or not self._chunked
+            or transport.is_closing()  # uvloop raises on a write to a closed transport
+            or transport.get_write_buffer_size() > HIGH_BYTES
+        ):
+            return None
+        return transport
+
+    def send(self, data: bytes) -> None:
+        """One event; never waits."""
         transport = self._transport
         if transport is None:
             self._held.append(data)
             self._ready.set()
-        elif transport.is_closing():  # uvloop raises on a write to a closed transport
+        elif transport.is_closing():
             return
         elif self._held:
             self._held.append(data)
@@ -237,6 +257,26 @@ class SseWriter:
             limit.reschedule(self._loop.time() + self._stall_s)
         arguments = (transport, limit, min(size, smallest))
         self._sweeper = self._loop.call_later(SWEEP_S, self._watch, *arguments)
+
+
+class _Splice:
+    """Chunks of one choice, of which only the middle is new: most tokens go this way."""
+
+    __slots__ = ("_after", "_before", "_size", "_writer")
+
+    def __init__(self, writer: SseWriter, before: bytes, after: bytes) -> None:
+        self._writer = writer
+        self._before = before
+        self._after = after + b"\r\n"
+        self._size = len(before) + len(after)
+
+    def write(self, middle: bytes) -> None:
+        transport = self._writer.room()
+        size = self._size + len(middle)
+        if transport is None or size >= len(_SIZES):
+            self._writer.send(b"".join((self._before, middle, self._after[:-2])))
+        else:
+            transport.write(b"".join((_SIZES[size], self._before, middle, self._after)))
 
 
 def _transport(request: web.Request) -> asyncio.Transport:

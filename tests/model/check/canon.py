@@ -19,7 +19,7 @@ from typing import Any, Final
 import msgspec
 
 from protocol.ids import JobKey
-from router.inbox import STRAY_S
+from router.attempts import STRAY_S
 from router.inbox import _Source as InboxSource
 from router.scheduling.deadlines import Deadlines, Timer
 from router.scheduling.fleet import Worker
@@ -238,7 +238,7 @@ def _function(_: Walk, value: Any) -> Shape:
 SPECIAL: Final[dict[str, tuple[Callable[[Walk, Any], Shape], ...]]] = {
     "Worker": (_suspicion,),
     "Inbox": (
-        lambda walk, inbox: _strays(walk, inbox._strays),
+        lambda walk, inbox: _strays(walk, inbox._strays._answered),
         lambda walk, inbox: _sources(walk, inbox._sources),
     ),
     "Attempts": (lambda walk, attempts: _done(walk, attempts._done),),

@@ -1,6 +1,7 @@
 """What a stream's writer was told, for tests of sinks."""
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 from protocol.errors import ClientError
@@ -16,6 +17,9 @@ class Said:
     def write(self, chunk: bytes) -> None:
         assert not self.ends
         self.chunks.append(json.loads(chunk))
+
+    def splice(self, before: bytes, after: bytes) -> Callable[[bytes], None]:
+        return lambda middle: self.write(before + middle + after)
 
     def fail(self, error: ClientError) -> None:
         self.ends.append(error)
