@@ -11,6 +11,7 @@
 | `baton.<ns>.routers` | router -> all |
 """
 
+from functools import lru_cache
 from typing import Final
 
 from protocol.errors import LocalError
@@ -81,7 +82,9 @@ class Subjects:
         return f"{self._prefix}.events.{worker}" if is_name(worker) else None
 
 
+@lru_cache(maxsize=4096)
 def _checked(name: str) -> str:
+    """Every message names the same few workers; what is no name is not remembered."""
     if not is_name(name):
         raise LocalError(f"{name!r} cannot be part of a subject")
     return name

@@ -127,7 +127,7 @@ class HttpApi:
         self._dispatch.stories.answered(request["id"], door, response.status, told, has_begun=begun)
         route = request.match_info.route.resource
         path = route.canonical if route is not None else "other"
-        self._metrics.http.labels(path, str(response.status)).inc()
+        self._metrics.answered(path, response.status)
         return response
 
     async def _on_prepare(self, _request: web.Request, response: web.StreamResponse) -> None:

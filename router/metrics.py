@@ -2,8 +2,9 @@
 
 from typing import Final
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge
 
+from router.histograms import Histogram
 from router.pairs import TransferPairs
 
 _TIMES: Final = (
@@ -12,17 +13,29 @@ _TIMES: Final = (
 _GAPS: Final = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 
 
+class _Bound(dict[tuple[str, ...], Counter]):
+    """The children of a counter, found without making and checking their labels each time."""
+
+    def __init__(self, counter: Counter) -> None:
+        super().__init__()
+        self._counter = counter
+
+    def __missing__(self, labels: tuple[str, ...]) -> Counter:
+        child = self[labels] = self._counter.labels(*labels)
+        return child
+
+
 class _ModelMetrics:
     """Bound children of one model."""
 
     __slots__ = ("gap", "inflight", "prefill", "queue", "ttft", "worker_queue")
 
     def __init__(self, owner: "RouterMetrics", model: str) -> None:
-        self.ttft = owner.ttft.labels(model)
-        self.gap = owner.itl.labels(model)
-        self.queue = owner.queue.labels(model)
-        self.worker_queue = owner.worker_queue.labels(model)
-        self.prefill = owner.prefill.labels(model)
+        self.ttft = owner.ttft.of(model)
+        self.gap = owner.itl.of(model)
+        self.queue = owner.queue.of(model)
+        self.worker_queue = owner.worker_queue.of(model)
+        self.prefill = owner.prefill.of(model)
         self.inflight = owner.inflight.labels(model)
 
 
@@ -115,6 +128,11 @@ class RouterMetrics:
             "baton_discovery_synced", "1 while the worker list is in step with etcd.", registry=r
         )
         self.pairs = TransferPairs()
+        self._outcomes = _Bound(self.outcomes)
+        self._transfers = _Bound(self.transfers)
+        self._transfer_bytes = _Bound(self.transfer_bytes)
+        self._notes = _Bound(self.notes)
+        self._http = _Bound(self.http)
         self._models: dict[str, _ModelMetrics] = {}
 
     def _of(self, model: str) -> _ModelMetrics:
@@ -128,8 +146,8 @@ class RouterMetrics:
 
     def ended(self, model: str, outcome: str, leg: str, code: str, seconds: float) -> None:
         self._of(model).inflight.dec()
-        self.outcomes.labels(model, outcome, leg, code).inc()
-        self.e2e.labels(model, outcome).observe(seconds)
+        self._outcomes[model, outcome, leg, code].inc()
+        self.e2e.of(model, outcome).observe(seconds)
 
     def queue_time(self, model: str, seconds: float) -> None:
         self._of(model).queue.observe(seconds)
@@ -148,15 +166,18 @@ class RouterMetrics:
         self.deltas.inc(count)
 
     def transfer(self, model: str, transport: str, num_bytes: int, seconds: float) -> None:
-        self.transfers.labels(model, transport).inc()
-        self.transfer_bytes.labels(model, transport).inc(num_bytes)
-        self.transfer_time.labels(model, transport).observe(seconds)
+        self._transfers[model, transport].inc()
+        self._transfer_bytes[model, transport].inc(num_bytes)
+        self.transfer_time.of(model, transport).observe(seconds)
 
     def handle_used(self, model: str, age_s: float) -> None:
-        self.handle_age.labels(model).observe(age_s)
+        self.handle_age.of(model).observe(age_s)
 
     def note(self, kind: str, cause: str) -> None:
-        self.notes.labels(kind, cause).inc()
+        self._notes[kind, cause].inc()
+
+    def answered(self, path: str, status: int) -> None:
+        self._http[path, str(status)].inc()
 
     def error_answer(self, status: int, code: str) -> None:
         self.errors.labels(str(status), code).inc()
