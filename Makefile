@@ -23,7 +23,7 @@ help:
 	@echo "make chaos   break real processes, row by row (TRANSPORT=shm,tcp,nixl,nixl-tcp ROWS=kill/*,etcd JSON=file)"
 	@echo "make overload  ten times what a fleet can do (SECONDS=60 TRANSPORT=shm)"
 	@echo "make soak    mixed traffic with a fault every few seconds, and what grows (MINUTES=10 CLIENTS=8 TRANSPORT=shm)"
-	@echo "make bench   CPU of the router per token and per request, with simulated engines"
+	@echo "make bench   what a token costs each process (BENCH='requests --rounds 3', latency, scheduler, transfer, engine)"
 
 # --- environments: each stamp is one layer, so that `make up ENGINE=simulated` needs no torch ---
 $(VENV)/.created:
@@ -106,6 +106,7 @@ fmt: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+BENCH ?= tokens
 bench: $(VENV)/.base
 	$(BIN)/baton bench $(BENCH)
 

@@ -26,7 +26,13 @@ class WorkerConfig(ProcessSettings, frozen=True, kw_only=True, forbid_unknown_fi
     engine_start_timeout_ms: Annotated[
         int, about("vllm: its server is waited for so long at start")
     ] = 300_000
-    model: Annotated[str, about("folder of a Hugging Face model; empty: the demo model")] = ""
+    model: Annotated[
+        str,
+        about(
+            "folder of a Hugging Face model; empty: the demo model (simulated: only its text files "
+            "are read; empty: a token for each byte)"
+        ),
+    ] = ""
     served_model_name: Annotated[str, about("the name clients ask for; empty: the folder's")] = ""
     device: Annotated[
         str, about("where torch computes and KV is: cpu, cuda (the first GPU) or cuda:N")

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from baton.demo import DEMO_MODEL, demo_model_folder
 from protocol.errors import ConfigError
 
 _START_TIMEOUT_S: Final = 60.0
@@ -38,6 +39,7 @@ class Shape:
 
     def command(self, state: Path) -> list[str]:
         settings = {
+            "worker.served_model_name": DEMO_MODEL,
             "worker.sim_step_ms": f"{self.step_ms}",
             "worker.sim_prefill_tokens_per_s": "0",
             "worker.max_running": "512",
@@ -50,6 +52,7 @@ class Shape:
         return [
             *(sys.executable, "-m", "baton", "up", "--engine=simulated", "--port=0"),
             *(f"--prefill={self.prefill}", f"--decode={self.decode}", f"--state-dir={state}"),
+            f"--model={demo_model_folder()}",  # for its tokenizer and template
             *(f"--set={name}={value}" for name, value in settings.items()),
         ]
 

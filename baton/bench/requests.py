@@ -14,7 +14,10 @@ from baton.bench.canned import floor
 from baton.bench.client import Answer, chat, closed_loop
 from baton.bench.fleet import ROLES, Fleet, Shape, running
 from baton.bench.report import Row, percentile, progress
+from baton.demo import demo_model_folder
 from protocol.errors import ConfigError
+from text.assets import load_assets
+from text.tokenizer import Tokenizer
 
 TITLE = (
     "CPU-µs per request of two tokens; medians of the rounds. floor: a constant answer, no router"
@@ -34,13 +37,8 @@ COLUMNS = {
     "rss_mb": "router RSS, MB",
 }
 _WORDS: Final = "the quick brown fox jumps over the lazy dog "
-PROMPTS: Final = {
-    "short": _WORDS * 2,
-    "2k": _WORDS * 222,
-    "32kb": _WORDS * (32_768 // len(_WORDS)),
-    "8k": _WORDS * 910,
-}
-"""About 60 tokens; 2 000; 32 KB of text; 8 000 tokens of the demo model, less of larger ones."""
+PROMPTS: Final = ("short", "2k", "32kb", "8k")
+"""18 words; 2 000 tokens; 32 KB of text; 8 000 tokens."""
 _FEWER: Final = {"short": 1, "2k": 4, "32kb": 10, "8k": 10}
 """Long prompts cost more: so many times fewer of them."""
 
@@ -52,11 +50,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stream", action="store_true", help="ask for streams")
 
 
+def texts() -> dict[str, str]:
+    """By name of the prompt; tokens as the demo model counts them."""
+    tokenizer = Tokenizer.from_assets(load_assets(demo_model_folder()))
+    per_repetition = len(tokenizer.encode(_WORDS * 100, add_special_tokens=False)) / 100
+    return {
+        "short": _WORDS * 2,
+        "2k": _WORDS * round(2_000 / per_repetition),
+        "32kb": _WORDS * (32_768 // len(_WORDS)),
+        "8k": _WORDS * round(8_000 / per_repetition),
+    }
+
+
 async def measure(args: argparse.Namespace, stop: asyncio.Event, rows: list[Row]) -> None:
     prompts = [name for name in args.prompts.split(",") if name]
     unknown = sorted(set(prompts) - set(PROMPTS))
     if unknown or not prompts:
         raise ConfigError(f"--prompts takes {', '.join(PROMPTS)}, not {args.prompts!r}")
+    prompt_of = texts()
     cases = [(name, int(text)) for name in prompts for text in args.concurrency.split(",")]
     rows.extend(Row(f"{name}, {concurrency} at once") for name, concurrency in cases)
     shape = Shape(prefill=args.prefill, decode=args.decode, processes=args.processes)
@@ -70,7 +81,7 @@ async def measure(args: argparse.Namespace, stop: asyncio.Event, rows: list[Row]
                 progress(f"round {number + 1} of {args.rounds}: {row.case}")
                 count = max(args.requests // _FEWER[name], concurrency)
                 asked = [
-                    chat(f"{serial + i} {PROMPTS[name]}", 2, stream=args.stream)
+                    chat(f"{serial + i} {prompt_of[name]}", 2, stream=args.stream)
                     for i in range(count)
                 ]
                 serial += count

@@ -32,12 +32,12 @@ COLUMNS = {
     "floor_us": "floor: a call",
 }
 _BLOCK: Final = 32
-_REQUESTS: Final = 4_000
 _PROMPT: Final = 256
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", default="2,16,128", metavar="N,N", help="half of each role")
+    parser.add_argument("--requests", type=int, default=4_000, help="in a round")
     parser.add_argument("--inflight", type=int, default=64, help="requests at once")
 
 
@@ -49,7 +49,7 @@ async def measure(args: argparse.Namespace, stop: asyncio.Event, rows: list[Row]
             if stop.is_set():
                 return
             progress(f"round {number + 1} of {args.rounds}: {row.case}")
-            row.add(**_Run(size, number).measure(args.inflight))
+            row.add(**_Run(size, number).measure(args.requests, args.inflight))
             await asyncio.sleep(0)
 
 
@@ -101,10 +101,10 @@ class _Run:
         self._count[name] = self._count.get(name, 0) + 1
         return commands
 
-    def measure(self, inflight: int) -> dict[str, float]:
+    def measure(self, num_requests: int, inflight: int) -> dict[str, float]:
         shared = [pack_ids([self._rng.randrange(4096) for _ in range(_PROMPT)]) for _ in range(16)]
         waiting: deque[list[ev.Event]] = deque()
-        for number in range(_REQUESTS):
+        for number in range(num_requests):
             prompt = shared[number % len(shared)] + pack_ids([number] * _BLOCK)
             submitted = ev.Submitted(f"c{number}/0", "m", prompt, _PROMPT + _BLOCK, 64)
             waiting.append([submitted])
@@ -112,7 +112,7 @@ class _Run:
                 self._advance(waiting)
         while waiting:
             self._advance(waiting)
-        return self._figures()
+        return self._figures(num_requests)
 
     def _advance(self, waiting: deque[list[ev.Event]]) -> None:
         """The oldest request has its next event; the clock moves by a tenth of a millisecond."""
@@ -140,7 +140,7 @@ class _Run:
         if events:
             waiting.append(events)
 
-    def _figures(self) -> dict[str, float]:
+    def _figures(self, num_requests: int) -> dict[str, float]:
         total, count = sum(self._spent.values()), sum(self._count.values())
         figures = {
             f"{name.lower()}_us": self._spent[name] / self._count[name] / 1e3
@@ -149,7 +149,7 @@ class _Run:
         return {
             **figures,
             "event_us": total / count / 1e3,
-            "request_us": total / _REQUESTS / 1e3,
+            "request_us": total / num_requests / 1e3,
             "floor_us": _call_us(),
         }
 

@@ -4,9 +4,11 @@ import logging
 import os
 import secrets
 import time
+from pathlib import Path
 from typing import Final
 
 from protocol.errors import ConfigError
+from text.assets import AssetsError, ModelAssets, load_assets
 from worker.config import WorkerConfig
 from worker.engine.base import Engine
 from worker.engine.simulated import SimulatedConfig, build_simulated
@@ -66,8 +68,16 @@ def _simulated(config: WorkerConfig) -> SimulatedConfig:
         prefill_tokens_per_s=config.sim_prefill_tokens_per_s,
         step_s=config.sim_step_ms / 1e3,
         step_per_seq_s=config.sim_step_per_sequence_ms / 1e3,
+        assets=_text(config.model) if config.model else None,
         hold=config.sim_hold,
     )
+
+
+def _text(folder: str) -> ModelAssets:
+    try:
+        return load_assets(Path(folder))
+    except AssetsError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _torch(config: WorkerConfig, transfers: list[Transfer], stepper: StepperConfig) -> Engine:

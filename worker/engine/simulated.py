@@ -23,7 +23,7 @@ from protocol.worker_info import KvLayout
 from text.assets import ModelAssets, byte_assets
 from text.tokenizer import Tokenizer
 from worker.engine.runner import Chunk
-from worker.engine.simulated_choice import EOS_ID, Fold, draw, scored
+from worker.engine.simulated_choice import EOS_ID, NUM_DRAWN, Fold, draw, scored
 from worker.engine.stepper import Stepper, StepperConfig
 from worker.kv.arena import Arena, LeaseTable, ScratchWords
 from worker.transfer.base import Transfer
@@ -53,6 +53,8 @@ class SimulatedConfig:
     """One token in so many ends the answer; 0: none ever does."""
     num_leases: int = 4096
     num_scratch: int = 256
+    assets: ModelAssets | None = None
+    """Text as another model reads and writes it; None: a token for each byte."""
     hold: str = ""
     """While a file of this name exists no step ends, so that a test can find every leg where it
     wants it; empty: none does."""
@@ -74,6 +76,8 @@ class SimulatedRunner:
         if config.kv_bytes_per_token < _DIGEST_BYTES or config.block_size < 1:
             raise ConfigError(f"simulated: at least {_DIGEST_BYTES} bytes of KV for each token")
         tokenizer = Tokenizer.from_assets(assets)
+        if tokenizer.vocab_size < NUM_DRAWN:
+            raise ConfigError(f"simulated: a vocabulary of at least {NUM_DRAWN} tokens is needed")
         self.layout = _layout(config)
         self.model_digest = _model_digest(config)
         self.max_context = config.max_context
@@ -237,7 +241,7 @@ def build_simulated(
 
 
 def _assets(config: SimulatedConfig) -> ModelAssets:
-    return byte_assets(config.name, max_context=config.max_context)
+    return config.assets or byte_assets(config.name, max_context=config.max_context)
 
 
 def _layout(config: SimulatedConfig) -> KvLayout:

@@ -17,10 +17,12 @@ Fold = blake2b
 """Over the bytes of all positions so far."""
 
 EOS_ID: Final = 257
+NUM_DRAWN: Final = 262
+"""Ids below this may be said: the vocabulary of bytes. Of a larger one the others only are read."""
 _LETTERS: Final = b"abcdefghijklmnopqrstuvwxyz"
 _SPACE: Final = 32
 _ALPHABET: Final = (*_LETTERS, _SPACE, EOS_ID)
-_OTHERS: Final = tuple(token for token in range(262) if token not in _ALPHABET)
+_OTHERS: Final = tuple(token for token in range(NUM_DRAWN) if token not in _ALPHABET)
 _CLOSING: Final[tuple[int, ...]] = (EOS_ID, *b'"}]:,0123456789tfn')
 """Under a grammar, where no letter fits or a word is over: the first of these that is allowed."""
 _WHITESPACE: Final = frozenset(b" \t\r\n")
@@ -65,7 +67,8 @@ def scored(fold: Fold, index: int, token: int, num_top: int) -> TokenLogprob:
     """
     ranked = list(_ranked(_number(fold), index))
     top = [(one, _logprob(rank)) for rank, one in enumerate(islice(ranked, max(num_top, 0)))]
-    return TokenLogprob(_logprob(ranked.index(token)), top)
+    rank = ranked.index(token) if token < NUM_DRAWN else token
+    return TokenLogprob(_logprob(rank), top)
 
 
 def _number(fold: Fold) -> int:
@@ -80,7 +83,9 @@ def _plain(number: int, index: int) -> int:
 
 def _fitting(token: int, allowed: bytearray, *, may_end: bool) -> int:
     """`token` if the grammar allows it and a word goes on, else what closes, else the lowest."""
-    possible = [i for i in range(min(8 * len(allowed), 262)) if allowed[i >> 3] >> (i & 7) & 1]
+    possible = [
+        i for i in range(min(8 * len(allowed), NUM_DRAWN)) if allowed[i >> 3] >> (i & 7) & 1
+    ]
     if not may_end and possible != [EOS_ID]:
         possible = [i for i in possible if i != EOS_ID]
     if token in possible and token not in (_SPACE, EOS_ID):
@@ -88,7 +93,9 @@ def _fitting(token: int, allowed: bytearray, *, may_end: bool) -> int:
     closing = next((one for one in _CLOSING if one in possible), None)
     if closing is not None:
         return closing
-    return next((one for one in possible if one not in _WHITESPACE), possible[0])
+    # A larger vocabulary may have only others to say.
+    others = possible or [i for i in range(8 * len(allowed)) if allowed[i >> 3] >> (i & 7) & 1]
+    return next((one for one in others if one not in _WHITESPACE), others[0])
 
 
 def _ranked(number: int, index: int) -> Iterator[int]:

@@ -320,7 +320,7 @@ async def running(
     **settings: Any,
 ) -> AsyncIterator[World]:
     """An engine that has started. At the end nothing may be left, and nothing was broken."""
-    assets = byte_assets(config.name, max_context=config.max_context)
+    assets = config.assets or byte_assets(config.name, max_context=config.max_context)
     stopping = threading.Event()
     inner = SimulatedRunner(config, assets, wait=stopping.wait)
     runner = GatedRunner(inner, asyncio.get_running_loop())

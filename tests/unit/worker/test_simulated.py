@@ -1,3 +1,4 @@
+import json
 import string
 from collections.abc import Iterator
 from dataclasses import replace
@@ -5,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from baton.demo import demo_model_folder
 from protocol.errors import ConfigError
 from protocol.sampling import Sampling
-from tests.unit.worker.engine_world import GREEDY, RANDOM, SMALL, prompt_of, text_of
-from text.assets import byte_assets
+from tests.unit.worker.engine_world import GREEDY, RANDOM, SMALL, prompt_of, running, text_of
+from text.assets import byte_assets, load_assets, make_assets
 from worker.engine.runner import Chunk
 from worker.engine.simulated import SimulatedConfig, SimulatedRunner, expected_tokens
 from worker.kv.arena import Arena
@@ -175,3 +177,32 @@ def test_no_step_ends_while_the_file_that_holds_is_there(tmp_path: Path) -> None
     bench.runner._wait = lambda _seconds: True  # the engine stops
     assert bench.compute([1, 2], [65], 5, 1) is not None
     bench.arena.close()
+
+
+async def test_it_reads_and_writes_text_as_the_model_of_a_folder_does() -> None:
+    """Whatever is asked for: ids that it would never say are prompts, or all that a grammar lets
+    it say."""
+    config = replace(SMALL, assets=load_assets(demo_model_folder()))
+    prompt = [3000, 5, 3071, 261, 262, 1234]
+    async with running(config) as world:
+        plain = await world.over(world.decode(prompt, GREEDY))
+        assert plain.finish == "length"
+        scores = Sampling(max_tokens=2, logprobs=2, prompt_logprobs=2)
+        scored = await world.over(world.decode(prompt, scores))
+        assert scored.failed is None
+        number = Sampling(max_tokens=50, grammar='{"enum":[12345,"no"]}')
+        fitting = await world.over(world.decode(prompt, number))
+        assert json.loads(fitting.text) in (12345, "no")
+
+
+def test_a_vocabulary_smaller_than_what_it_says_is_refused() -> None:
+    files = dict(load_assets(demo_model_folder()).files)
+    tokenizer = json.loads(files["tokenizer.json"])
+    tokenizer["model"]["vocab"] = {"a": 0}
+    tokenizer["model"]["merges"] = []
+    tokenizer["added_tokens"] = []
+    files["tokenizer.json"] = json.dumps(tokenizer).encode()
+    small = replace(SMALL, assets=make_assets(files))
+    assert small.assets is not None
+    with pytest.raises(ConfigError, match="at least 262 tokens"):
+        SimulatedRunner(small, small.assets, wait=lambda _: None)
