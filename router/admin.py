@@ -5,6 +5,7 @@ from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final
 
+import msgspec
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
@@ -13,6 +14,7 @@ from protocol.errors import ClientError
 from router.answers import to_json
 from router.catalog import Catalog
 from router.dispatch import Dispatch
+from router.family import OWN, Family, labelled, merged
 from router.metrics import RouterMetrics
 from router.scheduling.fleet import WorkerView
 
@@ -38,7 +40,10 @@ class Admin:
         metrics: RouterMetrics,
         state: Callable[[], dict[str, Any]],
         is_accepting: Callable[[], bool],
+        family: Family | None = None,
     ) -> None:
+        """`family`: the routers that share our port, if there are any."""
+        self._family = family
         self._dispatch = dispatch
         self._catalog = catalog
         self._metrics = metrics
@@ -74,24 +79,39 @@ class Admin:
     async def _version(self, _request: web.Request) -> web.Response:
         return _json({"version": package_version()})
 
-    async def _cluster_info(self, _request: web.Request) -> web.Response:
+    async def _cluster_info(self, request: web.Request) -> web.Response:
         workers = [_worker(view) for view in self._dispatch.scheduler.workers()]
-        return _json(
-            {
-                "router": self._dispatch.router_id,
-                **self._state(),
-                "inflight": self._dispatch.num_inflight,
-                "queued": self._dispatch.scheduler.num_queued,
-                "workers": workers,
-                "kv_transfers": self._metrics.pairs.for_people(),
+        own = {
+            "router": self._dispatch.router_id,
+            **self._state(),
+            "inflight": self._dispatch.num_inflight,
+            "queued": self._dispatch.scheduler.num_queued,
+        }
+        routers = [own, *(msgspec.json.decode(page) for page in await self._others(request))]
+        family: dict[str, Any] = {}
+        if len(routers) > 1:
+            family = {
+                "inflight": sum(router["inflight"] for router in routers),
+                "queued": sum(router["queued"] for router in routers),
+                "routers": [{name: router[name] for name in own} for router in routers],
             }
-        )
+        transfers = self._metrics.pairs.for_people()
+        return _json({**own, **family, "workers": workers, "kv_transfers": transfers})
+
+    async def _others(self, request: web.Request) -> list[bytes]:
+        """What the other routers of our parent answer to the same question, unless one of them
+        asks."""
+        if self._family is None or OWN in request.headers:
+            return []
+        return await self._family.ask(request.path_qs, request.headers)
 
     async def _story(self, request: web.Request) -> web.Response:
         """What happened to a request, leg by leg; also for the last ones that ended. The id may be
         that of the answer, and may name one choice."""
         wanted = request.match_info["id"].removeprefix("chatcmpl-").removeprefix("cmpl-")
         story = self._dispatch.stories.of(wanted)
+        if story is None and (found := await self._others(request)):
+            return web.Response(body=found[0], content_type="application/json")
         if story is None:
             text = (
                 f"this router knows nothing of request `{wanted[:MAX_ID]}`: it has forgotten it, "
@@ -99,10 +119,14 @@ class Admin:
             raise ClientError(404, f"{text}or another router served it", code="unknown_request")
         return _json({"router": self._dispatch.router_id, **story})
 
-    async def _render(self, _request: web.Request) -> web.Response:
+    async def _render(self, request: web.Request) -> web.Response:
         """Gauges are set on the loop, the text is made in a thread: it takes milliseconds."""
         self._refresh()
         body = await asyncio.to_thread(generate_latest, self._metrics.registry)
+        if self._family is not None:
+            own = labelled(body.decode(), self._dispatch.router_id)
+            others = [page.decode() for page in await self._others(request)]
+            body = merged([own, *others]).encode()
         return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     def _refresh(self) -> None:

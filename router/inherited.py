@@ -20,8 +20,15 @@ class Inherited:
     """The child's end."""
 
     def __init__(
-        self, listeners: Sequence[socket.socket], line: socket.socket, *, is_successor: bool
+        self,
+        listeners: Sequence[socket.socket],
+        line: socket.socket,
+        *,
+        is_successor: bool,
+        folder: str = "",
     ) -> None:
+        """`folder`: where the routers of this parent find each other."""
+        self.folder = folder
         self.listeners = tuple(listeners)
         self.is_successor = is_successor
         """Others serve already: take part only when as able as they are."""
@@ -32,7 +39,7 @@ class Inherited:
         line.setblocking(False)
 
     @classmethod
-    def of(cls, listen_fds: str, line_fd: str, *, is_successor: bool) -> Self:
+    def of(cls, listen_fds: str, line_fd: str, folder: str, *, is_successor: bool) -> Self:
         """From the flags that the parent gives. Raises ConfigError."""
         try:
             listeners = [socket.socket(fileno=int(text)) for text in listen_fds.split(",")]
@@ -41,7 +48,7 @@ class Inherited:
             raise ConfigError(f"not started by `baton router --processes`: {error}") from None
         for inherited in (*listeners, line):
             inherited.set_inheritable(False)
-        return cls(listeners, line, is_successor=is_successor)
+        return cls(listeners, line, is_successor=is_successor, folder=folder)
 
     def watch(self, on_orphaned: Callable[[], None]) -> None:
         """Call `on_orphaned` when the parent is gone. Needs a running loop."""

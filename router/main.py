@@ -6,6 +6,7 @@ import random
 import secrets
 import ssl
 import time
+from pathlib import Path
 from typing import Any, Final
 
 from aiohttp import web
@@ -22,6 +23,7 @@ from router.admin import Admin, package_version
 from router.catalog import Catalog
 from router.config import RouterConfig
 from router.dispatch import Dispatch
+from router.family import Family
 from router.fleet_feed import FleetFeed
 from router.http import HttpApi, new_request_id
 from router.inherited import Inherited
@@ -164,7 +166,10 @@ class _Server:
             rng=random.Random(secrets.randbits(64)),
             wall_clock=time.time,
         )
+        folder = inherited.folder if inherited is not None else ""
+        self._family = Family(Path(folder)) if folder else None
         admin = Admin(
+            family=self._family,
             dispatch=dispatch,
             catalog=catalog,
             metrics=metrics,
@@ -227,7 +232,9 @@ class _Server:
         _log.info(
             "router ready id=%s url=%s",
             self._dispatch.router_id,
-            ",".join(site.name for site in self._runner.sites),
+            ",".join(
+                site.name for site in self._runner.sites if not isinstance(site, web.UnixSite)
+            ),
         )
         if inherited is not None:
             inherited.say_ready()
@@ -258,6 +265,8 @@ class _Server:
         """On the parent's sockets, or our own."""
         config = self._config
         context = self._tls()
+        if self._family is not None:
+            await web.UnixSite(self._runner, str(self._family.socket)).start()
         if self._inherited is not None:
             for listener in self._inherited.listeners:
                 site = web.SockSite(self._runner, listener, ssl_context=context, backlog=BACKLOG)
@@ -357,5 +366,7 @@ class _Server:
             _log.warning("leaving, aborting requests=%d", len(self._running))
             text = "the router is shutting down"
             self._running.abort_all(ClientError(503, text, code="shutting_down", retry_after_s=1))
+        if self._family is not None:
+            self._family.leave()
         await self._runner.cleanup()
         self._dispatch.leave()

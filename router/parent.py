@@ -12,9 +12,11 @@ import asyncio
 import contextlib
 import logging
 import os
+import shutil
 import signal
 import socket
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -62,11 +64,15 @@ async def run_parent(
     (they drain) or `stop_now`. Returns the exit code. Raises ConfigError."""
     config.check()
     listeners = _listen(config.host, config.port)
+    folder = tempfile.mkdtemp(prefix="baton-routers-")
     try:
         async with asyncio.TaskGroup() as tasks:
-            parent = _Parent(config, arguments, listeners, tasks, start_s)
+            parent = _Parent(
+                config, [*arguments, f"--family-dir={folder}"], listeners, tasks, start_s
+            )
             code = await parent.run(stop, stop_now)
     finally:
+        shutil.rmtree(folder, ignore_errors=True)
         for listener in listeners:
             listener.close()
     return code
@@ -118,7 +124,6 @@ class _Parent:
         self._crew = crew.Crew(config.processes, start_s=start_s, leave_s=leave_s, hurry_s=HURRY_S)
 
     async def run(self, stop: asyncio.Event, stop_now: asyncio.Event) -> int:
-        """A task that serves an admin port of all children would start beside this loop."""
         self._say_where()
         self._loop.add_signal_handler(
             signal.SIGHUP, self._events.put_nowait, _Event(self._crew.hangup)

@@ -4,6 +4,7 @@ Two kinds of assets are read: a Hugging Face `tokenizer.json`, and the marker of
 which needs no file. Callers cannot tell which one they have. It knows nothing of chats or streams.
 """
 
+import os
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
@@ -21,6 +22,9 @@ from text.assets import (
 )
 from text.decoding import ByteDecoding, Decoding, read_decoding
 from text.segment_cache import MAX_BYTES, SegmentCache, is_safe, splitting_pattern
+
+# Read at each call. One text at a time has nothing to share out; the threads would only be woken.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 LONG_TEXT_CHARS = 16_384
 """From here on encoding takes milliseconds and belongs in a thread (it lets go of the GIL)."""

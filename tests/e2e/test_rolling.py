@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from router.main import WARM_S
 from tests.e2e.fleet import Fleet, Process, environment, is_alive
@@ -168,8 +169,9 @@ def leaves(kept: Kept) -> bool:
 def test_a_child_that_dies_is_replaced_and_the_other_serves(fleet: Fleet) -> None:
     parent = fleet.process("router")
     victim, other = children(parent)
-    running = start_streams(fleet, asks(16, 100, kind="dies"))
+    running = start_streams(fleet, asks(16, 300, kind="dies"))
     until_flowing(running)
+    check_one_answers_for_all(fleet, [stream.request_id for stream in running])
     os.kill(victim, signal.SIGKILL)
     status, _ = completion(fleet, asks(1, 10, kind="after")[0])
     assert status == 200
@@ -183,6 +185,25 @@ def test_a_child_that_dies_is_replaced_and_the_other_serves(fleet: Fleet) -> Non
     fleet.until(lambda: num_ready(parent) > ready or is_warm(parent), what="it to serve")
     assert "ended by itself with -9" in said(parent)
     fleet.until_idle(timeout_s=20.0)
+
+
+def check_one_answers_for_all(fleet: Fleet, requests: list[str]) -> None:
+    """16 streams run, some at each of two routers; whichever is asked knows of all."""
+    for _ in range(4):
+        info = json.loads(fleet.get("/cluster_info")[1])
+        assert info["inflight"] == 16
+        assert sorted(one["inflight"] for one in info["routers"])[0] > 0
+        text = fleet.get("/metrics")[1].decode()
+        families = {one.name: one for one in text_string_to_metric_families(text)}
+        streams = families["baton_inflight_choices"].samples
+        assert sum(sample.value for sample in streams) == 16
+        assert {sample.labels["router"] for sample in streams} == {
+            one["router"] for one in info["routers"]
+        }
+        for request in requests[::4]:
+            status, body = fleet.get(f"/debug/requests/{request}")
+            assert status == 200
+            assert json.loads(body)["state"] == "running"
 
 
 def is_warm(parent: Process) -> bool:
