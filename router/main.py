@@ -27,6 +27,7 @@ from router.family import Family
 from router.fleet_feed import FleetFeed
 from router.http import HttpApi, new_request_id
 from router.inherited import Inherited
+from router.loop_lag import LoopLag
 from router.metrics import RouterMetrics
 from router.nats_api import NatsApi, models_body
 from router.requests import Front
@@ -176,6 +177,7 @@ class _Server:
             state=self._state,
             is_accepting=self._tell_ready,
         )
+        self._lag = LoopLag(metrics.loop_lag.observe)
         self._ready_asked_at = float("-inf")
         self._is_ready = True
         """What a balancer is told. Not false where a successor serves on the same port."""
@@ -218,6 +220,7 @@ class _Server:
         connect, then feed. A successor listens when it can serve."""
         inherited = self._inherited
         is_successor = inherited is not None and inherited.is_successor
+        self._lag.start()
         await self._runner.setup()
         if not is_successor:
             await self._listen()
@@ -362,6 +365,7 @@ class _Server:
     async def close(self) -> None:
         """Whoever is still waiting is told so, then the workers are."""
         self._http.accepting = self._is_ready = False
+        self._lag.stop()
         if len(self._running):
             _log.warning("leaving, aborting requests=%d", len(self._running))
             text = "the router is shutting down"

@@ -13,6 +13,9 @@ _TIMES: Final = (
 _GAPS: Final = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 
 
+_LAGS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
+
+
 class _Bound(dict[tuple[str, ...], Counter]):
     """The children of a counter, found without making and checking their labels each time."""
 
@@ -78,6 +81,10 @@ class RouterMetrics:
             "baton_handle_age_seconds", "A handle's arrival to the release of its blocks: decoding "
             "started.", ["model"], buckets=_TIMES, registry=r,
         )  # fmt: skip
+        self.loop_lag = Histogram(
+            "baton_loop_lag_seconds", "How late the loop was, ten looks a second.", [],
+            buckets=_LAGS, registry=r,
+        ).of()  # fmt: skip
         self.transfer_bytes = Counter(
             "baton_kv_transfer_bytes", "KV bytes handed over.", ["model", "transport"], registry=r
         )

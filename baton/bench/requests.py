@@ -50,16 +50,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stream", action="store_true", help="ask for streams")
 
 
-def texts() -> dict[str, str]:
-    """By name of the prompt; tokens as the demo model counts them."""
+def text_of(num_tokens: int) -> str:
+    """So many tokens, as the demo model counts them."""
     tokenizer = Tokenizer.from_assets(load_assets(demo_model_folder()))
     per_repetition = len(tokenizer.encode(_WORDS * 100, add_special_tokens=False)) / 100
-    return {
-        "short": _WORDS * 2,
-        "2k": _WORDS * round(2_000 / per_repetition),
-        "32kb": _WORDS * (32_768 // len(_WORDS)),
-        "8k": _WORDS * round(8_000 / per_repetition),
-    }
+    return _WORDS * round(num_tokens / per_repetition)
+
+
+def texts() -> dict[str, str]:
+    """By name of the prompt."""
+    in_bytes = _WORDS * (32_768 // len(_WORDS))
+    return {"short": _WORDS * 2, "2k": text_of(2_000), "32kb": in_bytes, "8k": text_of(8_000)}
 
 
 async def measure(args: argparse.Namespace, stop: asyncio.Event, rows: list[Row]) -> None:

@@ -6,11 +6,16 @@ server that writes a constant at the same pace to the same client, in the same r
 
 import argparse
 import asyncio
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Final
 
 from baton.bench.canned import floor
-from baton.bench.client import Answer, chat, closed_loop
+from baton.bench.client import Answer, Client, chat, closed_loop
 from baton.bench.fleet import ROLES, Fleet, Process, Shape, running
 from baton.bench.report import Row, percentile, progress
+from baton.bench.requests import text_of
 
 TITLE = "CPU-µs per token; medians of the rounds. floor: a bare uvloop writer at the same pace"
 COLUMNS = {
@@ -25,13 +30,20 @@ COLUMNS = {
     "gap_p50_ms": "gap p50, ms",
     "gap_p99_ms": "p99",
     "floor_gap_p99_ms": "floor's p99",
+    "lag_ms": "loop lag below, ms",
     "rss_mb": "router RSS, MB",
 }
+
+_LAG: Final = re.compile(r"^baton_loop_lag_seconds_bucket\{(.*)\} (\S+)$", re.MULTILINE)
+_BOUND: Final = re.compile(r'le="([^"]+)"')
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--streams", default="64,256", metavar="N,N", help="streams at once")
     parser.add_argument("--tokens", type=int, default=250, help="of each stream")
+    parser.add_argument(
+        "--long", type=int, default=0, metavar="TOKENS", help="a prompt so long each second besides"
+    )
     parser.add_argument("--step-ms", type=float, default=20.0, help="one token each")
 
 
@@ -41,6 +53,8 @@ async def measure(args: argparse.Namespace, stop: asyncio.Event, rows: list[Row]
         step_ms=args.step_ms, prefill=args.prefill, decode=args.decode, processes=args.processes
     )
     workers = f", {args.decode} decode workers" if args.decode > 1 else ""
+    workers += f", and {args.long} tokens each second" if args.long else ""
+    long = chat(text_of(args.long), 1, stream=False) if args.long else b""
     rows.extend(Row(f"{count} streams{workers}") for count in counts)
     async with running(shape) as fleet, floor(args.step_ms) as (port, process):
         await closed_loop(fleet.port, [chat("warm up", 2, stream=True)] * 32, 8)
@@ -51,10 +65,54 @@ async def measure(args: argparse.Namespace, stop: asyncio.Event, rows: list[Row]
                 progress(f"round {number + 1} of {args.rounds}: {row.case}")
                 asked = [chat(f"stream {i}: go on", args.tokens, stream=True) for i in range(count)]
                 figures = await _of_floor(port, process, asked, args.tokens)
-                figures |= await _of_fleet(fleet, asked, args.tokens)
+                async with _besides(fleet.port, long):
+                    figures |= await _of_fleet(fleet, asked, args.tokens)
                 figures["over"] = figures["router"] - figures["floor"]
                 figures["ratio"] = figures["router"] / figures["floor"]
                 row.add(**figures)
+
+
+@asynccontextmanager
+async def _besides(port: int, request: bytes) -> AsyncIterator[None]:
+    """While the block runs, `request` is asked once a second, whether it is answered or not."""
+
+    async def ask() -> None:
+        client = await Client.connect(port)
+        try:
+            await client.ask(request)
+        finally:
+            client.close()
+
+    async def each_second() -> None:
+        while True:
+            tasks.create_task(ask())
+            await asyncio.sleep(1.0)
+
+    async with asyncio.TaskGroup() as tasks:
+        asking = tasks.create_task(each_second()) if request else None
+        yield
+        if asking is not None:
+            asking.cancel()
+
+
+async def _lag_counts(port: int) -> list[tuple[float, float]]:
+    """Bound and count, from the lowest bound on, of how late the routers' loops were."""
+    client = await Client.connect(port)
+    try:
+        page = (await client.ask(b"GET /metrics HTTP/1.1\r\nHost: bench\r\n\r\n")).body.decode()
+    finally:
+        client.close()
+    counts: dict[float, float] = {}
+    for labels, count in _LAG.findall(page):
+        bound = float(_BOUND.search(labels)[1])  # type: ignore[index]
+        counts[bound] = counts.get(bound, 0.0) + float(count)
+    return sorted(counts.items())
+
+
+def _lag_ms(before: list[tuple[float, float]], after: list[tuple[float, float]]) -> float:
+    """The lowest bound below which all looks between the two were."""
+    fresh = [(b[0], b[1] - a[1]) for a, b in zip(before, after, strict=True)]
+    return next(bound for bound, count in fresh if count == fresh[-1][1]) * 1e3
 
 
 async def _of_floor(
@@ -70,6 +128,7 @@ async def _of_floor(
 
 
 async def _of_fleet(fleet: Fleet, asked: list[bytes], num_tokens: int) -> dict[str, float]:
+    lags = await _lag_counts(fleet.port)
     before = fleet.cpu_ns()
     answers = await closed_loop(fleet.port, asked, len(asked))
     after = fleet.cpu_ns()
@@ -81,6 +140,7 @@ async def _of_fleet(fleet: Fleet, asked: list[bytes], num_tokens: int) -> dict[s
         "total": sum(figures.values()),
         "gap_p50_ms": percentile(gaps, 0.5) * 1e3,
         "gap_p99_ms": percentile(gaps, 0.99) * 1e3,
+        "lag_ms": _lag_ms(lags, await _lag_counts(fleet.port)),
         "rss_mb": fleet.kinds["router"].rss_mb(),
     }
 
