@@ -66,6 +66,10 @@ class Process:
     def cpu_ns(self) -> int:
         return sum(_cpu_ns(pid) for root in self._pids for pid in _tree(root))
 
+    def loop_ns(self) -> int:
+        """Of the main threads alone: what a worker's service costs beside its engine."""
+        return sum(_thread_ns(Path(f"/proc/{pid}/task/{pid}")) for pid in self._pids)
+
     def rss_mb(self) -> float:
         return sum(_rss_mb(pid) for root in self._pids for pid in _tree(root))
 
@@ -76,8 +80,27 @@ class Fleet:
     kinds: dict[str, Process]
     """By role."""
 
-    def cpu_ns(self) -> dict[str, int]:
-        return {role: kind.cpu_ns() for role, kind in self.kinds.items()}
+    def used(self) -> "Used":
+        return Used(
+            {role: kind.cpu_ns() for role, kind in self.kinds.items()},
+            self.kinds["prefill"].loop_ns() + self.kinds["decode"].loop_ns(),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Used:
+    """Nanoseconds until some moment."""
+
+    roles: dict[str, int]
+    service: int
+    """Of the workers' loops: part of what their roles used."""
+
+    def each_us(self, after: "Used", units: int) -> dict[str, float]:
+        """What was used for each of `units`, in microseconds: by role, in all, and by the workers'
+        loops."""
+        spent = {role: (after.roles[role] - self.roles[role]) / 1e3 / units for role in self.roles}
+        service = (after.service - self.service) / 1e3 / units
+        return {**spent, "total": sum(spent.values()), "service": service}
 
 
 @asynccontextmanager
@@ -127,11 +150,14 @@ def _tree(root: int) -> list[int]:
 
 
 def _cpu_ns(pid: int) -> int:
-    total = 0
-    for path in Path(f"/proc/{pid}/task").glob("*/schedstat"):
-        with suppress(OSError):  # the thread has ended
-            total += int(path.read_text().split()[0])
-    return total
+    return sum(_thread_ns(thread) for thread in Path(f"/proc/{pid}/task").glob("*"))
+
+
+def _thread_ns(thread: Path) -> int:
+    try:
+        return int((thread / "schedstat").read_text().split()[0])
+    except OSError:  # it has ended
+        return 0
 
 
 def _rss_mb(pid: int) -> float:

@@ -10,7 +10,7 @@ from typing import Final
 
 from baton.bench.canned import floor
 from baton.bench.client import Answer, Client, chat
-from baton.bench.fleet import ROLES, Shape, running
+from baton.bench.fleet import Shape, running
 from baton.bench.report import Row, percentile, progress
 
 TITLE = "Time to the first token at low load, ms; CPU-µs per request"
@@ -25,6 +25,7 @@ COLUMNS = {
     "nats": "nats-server",
     "prefill": "prefill",
     "decode": "decode",
+    "service": "of these the loops",
 }
 _SLOW_S: Final = 0.03
 """A client that delays its acknowledgements makes a 40 ms step of a server that waits for them."""
@@ -46,9 +47,9 @@ async def measure(args: argparse.Namespace, stop: asyncio.Event, rows: list[Row]
                 return
             progress(f"round {number + 1} of {args.rounds}")
             bare = [answer.first_s for answer in await _ask(port, args.requests, args.gap_ms)]
-            before = fleet.cpu_ns()
+            before = fleet.used()
             answers = await _ask(fleet.port, args.requests, args.gap_ms)
-            after = fleet.cpu_ns()
+            after = fleet.used()
             first = [answer.first_s for answer in answers]
             row.add(
                 added_p50_ms=(percentile(first, 0.5) - percentile(bare, 0.5)) * 1e3,
@@ -57,7 +58,7 @@ async def measure(args: argparse.Namespace, stop: asyncio.Event, rows: list[Row]
                 floor_p50_ms=percentile(bare, 0.5) * 1e3,
                 floor_p99_ms=percentile(bare, 0.99) * 1e3,
                 slow=100.0 * sum(seconds > _SLOW_S for seconds in first) / len(first),
-                **{role: (after[role] - before[role]) / 1e3 / len(first) for role in ROLES},
+                **before.each_us(after, len(first)),
             )
 
 

@@ -12,7 +12,7 @@ from typing import Final
 
 from baton.bench.canned import floor
 from baton.bench.client import Answer, chat, closed_loop
-from baton.bench.fleet import ROLES, Fleet, Shape, running
+from baton.bench.fleet import Fleet, Shape, running
 from baton.bench.report import Row, percentile, progress
 from baton.demo import demo_model_folder
 from protocol.errors import ConfigError
@@ -30,6 +30,7 @@ COLUMNS = {
     "nats": "nats-server",
     "prefill": "prefill",
     "decode": "decode",
+    "service": "of these the loops",
     "total": "total",
     "rate": "requests/s",
     "p50_ms": "p50, ms",
@@ -94,15 +95,13 @@ async def measure(args: argparse.Namespace, stop: asyncio.Event, rows: list[Row]
 
 
 async def _of_fleet(fleet: Fleet, asked: list[bytes], concurrency: int) -> dict[str, float]:
-    before, began = fleet.cpu_ns(), time.perf_counter()
+    before, began = fleet.used(), time.perf_counter()
     answers = await closed_loop(fleet.port, asked, concurrency)
-    wall, after = time.perf_counter() - began, fleet.cpu_ns()
-    figures = {role: (after[role] - before[role]) / 1e3 / len(asked) for role in ROLES}
+    wall, after = time.perf_counter() - began, fleet.used()
     times = [answer.whole_s for answer in answers]
     return {
-        **figures,
+        **before.each_us(after, len(asked)),
         **_prompt_tokens(answers[0]),
-        "total": sum(figures.values()),
         "rate": len(asked) / wall,
         "p50_ms": percentile(times, 0.5) * 1e3,
         "p99_ms": percentile(times, 0.99) * 1e3,

@@ -13,7 +13,7 @@ from typing import Final
 
 from baton.bench.canned import floor
 from baton.bench.client import Answer, Client, chat, closed_loop
-from baton.bench.fleet import ROLES, Fleet, Process, Shape, running
+from baton.bench.fleet import Fleet, Process, Shape, running
 from baton.bench.report import Row, percentile, progress
 from baton.bench.requests import text_of
 
@@ -26,6 +26,7 @@ COLUMNS = {
     "nats": "nats-server",
     "prefill": "prefill",
     "decode": "decode",
+    "service": "of these the loops",
     "total": "total",
     "gap_p50_ms": "gap p50, ms",
     "gap_p99_ms": "p99",
@@ -129,15 +130,12 @@ async def _of_floor(
 
 async def _of_fleet(fleet: Fleet, asked: list[bytes], num_tokens: int) -> dict[str, float]:
     lags = await _lag_counts(fleet.port)
-    before = fleet.cpu_ns()
+    before = fleet.used()
     answers = await closed_loop(fleet.port, asked, len(asked))
-    after = fleet.cpu_ns()
-    units = len(asked) * num_tokens
-    figures = {role: (after[role] - before[role]) / 1e3 / units for role in ROLES}
+    after = fleet.used()
     gaps = _gaps(answers)
     return {
-        **figures,
-        "total": sum(figures.values()),
+        **before.each_us(after, len(asked) * num_tokens),
         "gap_p50_ms": percentile(gaps, 0.5) * 1e3,
         "gap_p99_ms": percentile(gaps, 0.99) * 1e3,
         "lag_ms": _lag_ms(lags, await _lag_counts(fleet.port)),
