@@ -201,6 +201,10 @@ class HttpApi:
         parts: list[bytes] = []
         size = 0
         try:
+            if request.content.is_eof():  # it came with the head, as most do: nothing to wait for
+                body = request.content.read_nowait()
+                self._check_size(len(body))
+                return body
             while not request.content.at_eof():
                 async with asyncio.timeout(self._client_stall_s):
                     part = await request.content.readany()
