@@ -39,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
         from router.config import RouterConfig
 
         add_flags(router, RouterConfig)
-        for flag in ("--listen-fds", "--line-fd", "--family-dir"):  # a parent's to its children
+        for flag in ("--listen-fds", "--line-fd"):  # a parent's to its children
             router.add_argument(flag, default="", help=argparse.SUPPRESS)
         router.add_argument("--successor", action="store_true", help=argparse.SUPPRESS)
     worker = commands.add_parser("worker", help="one worker process")
@@ -102,13 +102,16 @@ def _router(args: argparse.Namespace) -> int:
         return run_process(lambda stop, now: run_parent(config, sys.argv[1:], stop, now))
     from prometheus_client import disable_created_metrics
 
-    from router.inherited import Inherited
+    from router.inherited import FAMILY_DIR, Inherited
     from router.main import run_router
 
     inherited = None
     if args.listen_fds:
         inherited = Inherited.of(
-            args.listen_fds, args.line_fd, args.family_dir, is_successor=args.successor
+            args.listen_fds,
+            args.line_fd,
+            is_successor=args.successor,
+            folder=os.environ.get(FAMILY_DIR, ""),
         )
     disable_created_metrics()  # type: ignore[no-untyped-call]
     return run_process(lambda stop, now: run_router(config, stop, now, inherited))

@@ -1,7 +1,7 @@
 """What operators and probes ask: health, metrics, the fleet as the router sees it."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final
 
@@ -91,9 +91,9 @@ class Admin:
         family: dict[str, Any] = {}
         if len(routers) > 1:
             family = {
-                "inflight": sum(router["inflight"] for router in routers),
-                "queued": sum(router["queued"] for router in routers),
-                "routers": [{name: router[name] for name in own} for router in routers],
+                "inflight": sum(router.get("inflight", 0) for router in routers),
+                "queued": sum(router.get("queued", 0) for router in routers),
+                "routers": [{name: router.get(name) for name in own} for router in routers],
             }
         transfers = self._metrics.pairs.for_people()
         return _json({**own, **family, "workers": workers, "kv_transfers": transfers})
@@ -124,9 +124,8 @@ class Admin:
         self._refresh()
         body = await asyncio.to_thread(generate_latest, self._metrics.registry)
         if self._family is not None:
-            own = labelled(body.decode(), self._dispatch.router_id)
-            others = [page.decode() for page in await self._others(request)]
-            body = merged([own, *others]).encode()
+            others = await self._others(request)
+            body = await asyncio.to_thread(_of_all, self._dispatch.router_id, body, others)
         return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     def _refresh(self) -> None:
@@ -148,6 +147,11 @@ class Admin:
             metrics.workers.labels(*what).set(count)
         for whose, load in loads.items():
             metrics.worker_load.labels(*whose).set(load)
+
+
+def _of_all(router_id: str, own: bytes, others: Sequence[bytes]) -> bytes:
+    pages = [labelled(own.decode(), router_id), *(page.decode() for page in others)]
+    return merged(pages).encode()
 
 
 def _worker(view: WorkerView) -> dict[str, Any]:

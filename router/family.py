@@ -7,6 +7,7 @@ of their parent's, and the one that was asked asks the others there. Nothing els
 import asyncio
 import contextlib
 import os
+import socket as socket_module
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Final
@@ -58,10 +59,16 @@ async def _ask(socket: Path, path: str, headers: Mapping[str, str]) -> bytes:
         return b""
 
 
+def is_local(transport: asyncio.BaseTransport | None) -> bool:
+    """Whether this connection is one between routers."""
+    connection = transport.get_extra_info("socket") if transport is not None else None
+    return connection is not None and connection.family == socket_module.AF_UNIX
+
+
 def _lives(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except OSError:  # gone, or its number is another user's by now
         return False
     return True
 

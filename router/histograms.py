@@ -1,7 +1,7 @@
 """Histograms that cost their observers a bisection: seven are observed for every request.
 
-Prometheus's own take a lock and walk the bounds. These are of one thread: whoever scrapes does so
-on the loop that observes.
+Prometheus's own take a lock and walk the bounds. These are observed on one thread, the loop's; a
+page is made on another, from copies.
 """
 
 from bisect import bisect_left
@@ -55,13 +55,14 @@ class Histogram(Collector):
 
     def collect(self) -> Iterator[Metric]:
         family = HistogramMetricFamily(self._name, self._text, labels=self._labels)
-        for values, series in self._series.items():
+        for values, series in list(self._series.items()):
+            counts, total = tuple(series.counts), series.total
             buckets: list[tuple[str, float]] = []
             below = 0
-            for bound, count in zip((*self._bounds, float("inf")), series.counts, strict=True):
+            for bound, count in zip((*self._bounds, float("inf")), counts, strict=True):
                 below += count
                 buckets.append((_go(bound), below))
-            family.add_metric(values, buckets=buckets, sum_value=series.total)
+            family.add_metric(values, buckets=buckets, sum_value=total)
         yield family
 
     def describe(self) -> Iterator[Metric]:

@@ -21,6 +21,7 @@ from router.answers import to_json
 from router.catalog import Catalog
 from router.connections import Connections
 from router.dispatch import Dispatch
+from router.family import OWN, is_local
 from router.metrics import RouterMetrics
 from router.nats_api import model_entry, models_body
 from router.requests import Front, Prepared
@@ -122,6 +123,8 @@ class HttpApi:
             response = error_response(told, request["id"])
         if not response.prepared:
             response.headers["x-request-id"] = request["id"]
+        if OWN in request.headers and is_local(request.transport):
+            return response  # another router's question is no client's
         door = f"{request.method} {request.path}"
         begun = "begun" in request
         self._dispatch.stories.answered(request["id"], door, response.status, told, has_begun=begun)

@@ -1,7 +1,7 @@
 """What workers say to this router: envelopes in, deltas to their streams, legs to the scheduler.
 
-The token path: `on_out` -> `_on_frame` -> `_deliver` -> the choice's sink. What names no attempt of
-ours changes nothing and is answered with a cancel.
+The token path: `on_out` -> `_on_frame` -> the choice's sink; first, last and odd deltas pass
+`_deliver`. What names no attempt of ours changes nothing and is answered with a cancel.
 """
 
 import logging

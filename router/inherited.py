@@ -12,6 +12,9 @@ from typing import Final, Self
 
 from protocol.errors import ConfigError
 
+FAMILY_DIR: Final = "_BATON_FAMILY_DIR"
+"""In the environment: where the routers of one parent find each other. Not a flag: children of
+another version might not know it."""
 READY: Final = b"r"
 RELIEVED: Final = b"l"
 
@@ -39,7 +42,7 @@ class Inherited:
         line.setblocking(False)
 
     @classmethod
-    def of(cls, listen_fds: str, line_fd: str, folder: str, *, is_successor: bool) -> Self:
+    def of(cls, listen_fds: str, line_fd: str, *, is_successor: bool, folder: str = "") -> Self:
         """From the flags that the parent gives. Raises ConfigError."""
         try:
             listeners = [socket.socket(fileno=int(text)) for text in listen_fds.split(",")]

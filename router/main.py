@@ -269,7 +269,10 @@ class _Server:
         config = self._config
         context = self._tls()
         if self._family is not None:
-            await web.UnixSite(self._runner, str(self._family.socket)).start()
+            try:
+                await web.UnixSite(self._runner, str(self._family.socket)).start()
+            except OSError as error:  # clients are served all the same
+                _log.warning("the other routers cannot ask this one: %s", error)
         if self._inherited is not None:
             for listener in self._inherited.listeners:
                 site = web.SockSite(self._runner, listener, ssl_context=context, backlog=BACKLOG)
@@ -312,7 +315,8 @@ class _Server:
         _log.info("draining requests=%d relieved=%s", len(self._running), is_relieved)
         if is_relieved:
             for site in list(self._runner.sites):
-                await site.stop()
+                if not isinstance(site, web.UnixSite):  # the others may still ask
+                    await site.stop()
         await self._nats_api.close()
         grace_s = self._config.idle_grace_ms / 1e3
         deadline = began + self._config.drain_timeout_ms / 1e3

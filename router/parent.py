@@ -25,7 +25,7 @@ from typing import Final
 from protocol.errors import ConfigError
 from router import crew
 from router.config import RouterConfig
-from router.inherited import READY, RELIEVED
+from router.inherited import FAMILY_DIR, READY, RELIEVED
 
 _log = logging.getLogger("baton.parent")
 
@@ -64,18 +64,26 @@ async def run_parent(
     (they drain) or `stop_now`. Returns the exit code. Raises ConfigError."""
     config.check()
     listeners = _listen(config.host, config.port)
-    folder = tempfile.mkdtemp(prefix="baton-routers-")
+    folder = _make_folder()
     try:
         async with asyncio.TaskGroup() as tasks:
-            parent = _Parent(
-                config, [*arguments, f"--family-dir={folder}"], listeners, tasks, start_s
-            )
+            parent = _Parent(config, arguments, listeners, tasks, start_s, folder)
             code = await parent.run(stop, stop_now)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder:
+            shutil.rmtree(folder, ignore_errors=True)
         for listener in listeners:
             listener.close()
     return code
+
+
+def _make_folder() -> str:
+    """Where the routers find each other; empty if there is no place for one."""
+    try:
+        return tempfile.mkdtemp(prefix="baton-routers-")
+    except OSError as error:
+        _log.warning("each router answers for itself alone: %s", error)
+        return ""
 
 
 def _listen(host: str, port: int) -> list[socket.socket]:
@@ -111,7 +119,9 @@ class _Parent:
         listeners: Sequence[socket.socket],
         tasks: asyncio.TaskGroup,
         start_s: float,
+        folder: str,
     ) -> None:
+        self._environment = {**os.environ, FAMILY_DIR: folder}
         self._config = config
         self._arguments = arguments
         self._listeners = listeners
@@ -225,6 +235,7 @@ class _Parent:
                 stdin=asyncio.subprocess.DEVNULL,
                 pass_fds=(*listeners, theirs.fileno()),
                 start_new_session=True,
+                env=self._environment,
             )
         except OSError as error:
             ours.close()

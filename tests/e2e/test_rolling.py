@@ -204,6 +204,7 @@ def check_one_answers_for_all(fleet: Fleet, requests: list[str]) -> None:
             status, body = fleet.get(f"/debug/requests/{request}")
             assert status == 200
             assert json.loads(body)["state"] == "running"
+    assert fleet.metric("baton_error_answers_total", code="unknown_request") == 0
 
 
 def is_warm(parent: Process) -> bool:

@@ -272,12 +272,13 @@ class EngineCore:
     def _admit(self, now: float) -> None:
         """In order of arrival; who waits for another one's prefix or lease lets later ones pass."""
         roster, passed = self._roster, 0
+        num_leases = self._num_lendable()
         while passed < len(roster.waiting):
             num_active = len(roster.running) + self._puller.num_pulling
             if num_active >= self._config.max_running:
                 return
             sequence = roster.waiting[passed]
-            if roster.follows(sequence) or self._lacks_lease(sequence):
+            if (sequence.is_prefill and num_leases <= 0) or roster.follows(sequence):
                 passed += 1
                 continue
             if not roster.place(sequence, alone=num_active == 0):
@@ -286,19 +287,18 @@ class EngineCore:
             if sequence.started_at is None:
                 sequence.started_at = sequence.reported_at = now
             self._cached_tokens += sequence.cached_tokens
+            num_leases -= sequence.is_prefill
             if sequence.handle is None:
                 roster.run(sequence)
             else:
                 sequence.stage = Stage.PULLING
                 self._settle(self._puller.begin(sequence, now), now)
 
-    def _lacks_lease(self, sequence: ActiveSequence) -> bool:
-        """A prefill that could not be lent when it is done would stand in the way of those whose
-        pulls end the leases, and of its own end for ever."""
-        num_free = self._lender.num_free_slots
-        if not sequence.is_prefill or num_free > self._config.max_running:
-            return False
-        return sum(running.is_prefill for running in self._roster.running) >= num_free
+    def _num_lendable(self) -> int:
+        """Leases that no running prefill will need. One that could not be lent when it is done
+        would stand in the way of those whose pulls end the leases, and of its own end for ever."""
+        running = sum(sequence.is_prefill for sequence in self._roster.running)
+        return self._lender.num_free_slots - running
 
     def _settle(self, outcomes: Sequence[PullOutcome], now: float) -> None:
         for outcome in outcomes:

@@ -5,14 +5,18 @@ dropped on the loop, so that nothing is heard of a key after `cancel`. It knows 
 """
 
 import asyncio
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Final
 
 from protocol.blocks import HASH_BYTES
 from protocol.events import KvCleared, KvEvent, KvRemoved, KvStored
 from protocol.ids import JobKey
 from protocol.out import Delta
 from worker.engine.base import Outlet, Snapshot
+
+_log: Final = logging.getLogger("baton.worker")
 
 Say = Callable[[Outlet], None]
 
@@ -100,7 +104,10 @@ class OutputDelivery:
             if self._open.get(key) == serial:
                 if ends:
                     del self._open[key]
-                say(self._outlet)
+                try:
+                    say(self._outlet)
+                except Exception:  # noqa: BLE001  the others of this turn are owed theirs
+                    _log.exception("not told attempt=%s", key)
 
     def _say_deltas(self, deltas: list[tuple[JobKey, int, Delta]]) -> None:
         opened = self._open

@@ -254,6 +254,8 @@ def _layout(config: SimulatedConfig) -> KvLayout:
 
 def _model_digest(config: SimulatedConfig) -> str:
     text = f"simulated/{config.name}/{config.block_size}/{config.kv_bytes_per_token}"
+    if config.assets is not None:
+        text += f"/{config.assets.digest}"
     return blake2b(text.encode(), digest_size=_DIGEST_BYTES).hexdigest()
 
 

@@ -1,12 +1,15 @@
 """Several routers' pages as one."""
 
 import asyncio
+import tempfile
 from pathlib import Path
 
+import pytest
 from aiohttp import web
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from router import parent
 from router.family import OWN, Family, labelled, merged
 from router.histograms import Histogram
 
@@ -44,6 +47,14 @@ def test_merged_pages_have_each_family_once_and_every_sample_with_its_router() -
     assert found["took_seconds_bucket", "r-2", "1.0"] == 0
     [asked, *_] = families["asked"].samples
     assert asked.labels["path"] == 'a"b{c} d\n'
+
+
+def test_without_a_place_for_sockets_each_answers_for_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))
+    assert parent._make_folder() == ""
+    assert "each router answers for itself alone" in caplog.text
 
 
 async def test_others_are_asked_and_what_is_no_answer_is_left_out(tmp_path: Path) -> None:
