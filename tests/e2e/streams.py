@@ -73,7 +73,8 @@ class Stream(threading.Thread):
         super().__init__(daemon=True)
         self.ask = ask
         self.status = 0
-        self.request_id = ""
+        self.told_id = ""
+        """The id that the router gave the request."""
         self.text = ""
         self.finish = ""
         self.error: dict[str, Any] = {}
@@ -96,7 +97,7 @@ class Stream(threading.Thread):
             connection.request("POST", "/v1/completions", self.ask.body(), self.headers())
             response = connection.getresponse()
             self.status = response.status
-            self.request_id = response.headers["x-request-id"]
+            self.told_id = response.headers["x-request-id"]
             if response.status == 200:
                 self._read(response)
             else:

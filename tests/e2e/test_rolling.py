@@ -171,7 +171,7 @@ def test_a_child_that_dies_is_replaced_and_the_other_serves(fleet: Fleet) -> Non
     victim, other = children(parent)
     running = start_streams(fleet, asks(16, 300, kind="dies"))
     until_flowing(running)
-    check_one_answers_for_all(fleet, [stream.request_id for stream in running])
+    check_one_answers_for_all(fleet, [stream.told_id for stream in running])
     os.kill(victim, signal.SIGKILL)
     status, _ = completion(fleet, asks(1, 10, kind="after")[0])
     assert status == 200

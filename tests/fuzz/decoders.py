@@ -273,6 +273,7 @@ EXEMPT: Final = {
     "worker/engine/simulated_choice.py:_number": "a digest of our own",
     "worker/engine/torch_sampling.py:uniform": "a digest of our own",
     "baton/up.py:_get_json": "the answer of a process that we started; what is no object is none",
+    "router/admin.py:_cluster_info": "the answer of a router with our own parent",
     "baton/up.py:_say_how_to_ask": "only encodes",
     "baton/logs.py:format": "only encodes",
 }

@@ -132,6 +132,9 @@ class Stream:
         for choice in parsed["choices"]:
             self.said[choice["index"]].hear(choice)
 
+    def splice(self, before: bytes, after: bytes) -> Callable[[bytes], None]:
+        return lambda middle: self.write(before + middle + after)
+
     def fail(self, error: ClientError) -> None:
         self.error = error
         self._over.set()

@@ -12,12 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from baton.bench import canned
+from baton.bench import canned, requests
 from baton.bench.client import Client, chat, closed_loop
 from baton.bench.command import add_arguments, run_bench
 from baton.bench.report import Row, percentile, table
+from baton.demo import demo_model_folder
 from baton.main import main
 from protocol.errors import ConfigError
+from text.assets import load_assets
+from text.tokenizer import Tokenizer
 
 TOKENS = ["tokens", "--streams=3,5", "--tokens=4", "--step-ms=5", "--rounds=2"]
 
@@ -54,15 +57,16 @@ async def test_a_fleet_is_measured_beside_its_floor(
         assert f"round 2 of 2: {row['case']}" in said.err
 
 
-async def test_prompts_have_the_lengths_that_their_names_say(tmp_path: Path) -> None:
-    file = tmp_path / "rows.json"
-    flags = ("--requests=8", "--prompts=short,2k", "--concurrency=2", "--rounds=1")
-    assert await run_bench(parsed("requests", *flags, f"--json={file}"), asyncio.Event()) == 0
-    rows = json.loads(file.read_text())["rows"]
-    assert [row["case"] for row in rows] == ["short, 2 at once", "2k, 2 at once"]
-    tokens = [row["figures"]["prompt_tokens"][0] for row in rows]
-    assert tokens[0] < 100
-    assert 1_900 < tokens[1] < 2_100
+def test_prompts_have_the_lengths_that_their_names_say() -> None:
+    tokenizer = Tokenizer.from_assets(load_assets(demo_model_folder()))
+    found = {
+        name: len(tokenizer.encode(text, add_special_tokens=False))
+        for name, text in requests.texts().items()
+    }
+    assert found["short"] < 100
+    assert 1_950 < found["2k"] < 2_050
+    assert 7_950 < found["8k"] < 8_050
+    assert len(requests.texts()["32kb"]) == pytest.approx(32_768, rel=0.01)
 
 
 async def test_the_scheduler_alone_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
