@@ -68,11 +68,11 @@ class Choice:
     attempts: set[int] = field(default_factory=set)
     prompt_logprobs: list[TokenLogprob | None] | None = None
 
-    most: int = field(init=False)
+    max_tokens: int = field(init=False)
     """Output tokens it may have."""
 
     def __post_init__(self) -> None:
-        self.most = self.spec.sampling.max_tokens
+        self.max_tokens = self.spec.sampling.max_tokens
 
     @property
     def lacks_prompt(self) -> bool:

@@ -165,7 +165,8 @@ class Inbox:
                 gap = now - choice.last_at
                 self._metrics.token_gap(choice.spec.model, gap)
             ids, output = delta.ids, choice.output
-            if delta.finish or len(ids) != 1 or not 0 < len(output) == delta.index < choice.most:
+            is_next = 0 < len(output) == delta.index < choice.max_tokens
+            if not is_next or len(ids) != 1 or delta.finish:
                 self._deliver(delta.attempt, entry, delta, now)
                 continue
             try:
@@ -194,7 +195,7 @@ class Inbox:
             return
         if not have and not self._begins(number, entry, now):
             return
-        ids = claims.new_ids(delta, have, choice.most)
+        ids = claims.new_ids(delta, have, choice.max_tokens)
         if ids is None:
             self._disbelieve(number, entry, NO_DELTA)
             return

@@ -134,7 +134,8 @@ class StreamSink(JoinedSink):
         elif (delta.text or delta.finish) and not self.over:
             template = self._templates[index]
             self._writer.write(template.chunk(delta.text, delta.finish))
-            self._splices[index] = self._writer.splice(*template.around())
+            if not delta.finish:
+                self._splices[index] = self._writer.splice(*template.around())
 
     def _complete(self) -> None:
         if self._include_usage:

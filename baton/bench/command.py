@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import NamedTuple
 
 from baton.bench import engine, latency, requests, scheduler, tokens, transfer
-from baton.bench.report import Row, check_json, table, write_json
+from baton.bench.report import Row, check_json, document, table, until_stopped, write_json
 from protocol.errors import ConfigError
 
 
@@ -74,10 +74,10 @@ async def run_bench(args: argparse.Namespace, stop: asyncio.Event) -> int:
     kind = _FIGURES[args.what]
     _check(args)
     rows: list[Row] = []
-    stopped = await _until_stopped(kind.measure(args, stop, rows), stop)
+    stopped = await until_stopped(kind.measure(args, stop, rows), stop)
     print(table(kind.title, rows, kind.columns))
     if args.json:
-        write_json(args.json, args.what, rows)
+        write_json(args.json, document(args.what, rows))
     return 130 if stopped else 0
 
 
@@ -94,17 +94,3 @@ def _check(args: argparse.Namespace) -> None:
     for name in ("step_ms", "gap_ms"):
         if getattr(args, name, 1.0) <= 0:
             raise ConfigError(f"--{name.replace('_', '-')} must be above 0")
-
-
-async def _until_stopped(measure: Awaitable[None], stop: asyncio.Event) -> bool:
-    """Whether it was stopped. What was measured stays."""
-    measuring = asyncio.ensure_future(measure)
-    stopping = asyncio.ensure_future(stop.wait())
-    await asyncio.wait([measuring, stopping], return_when=asyncio.FIRST_COMPLETED)
-    for task in (measuring, stopping):
-        task.cancel()
-    await asyncio.wait([measuring, stopping])
-    if measuring.cancelled():
-        return True
-    measuring.result()
-    return stop.is_set()

@@ -22,6 +22,13 @@ from protocol.errors import ConfigError
 _START_TIMEOUT_S: Final = 60.0
 ROLES: Final = ("router", "nats", "prefill", "decode")
 """What serves; etcd is not asked while requests run."""
+OTHER_COLUMNS: Final = {
+    "nats": "nats-server",
+    "prefill": "prefill",
+    "decode": "decode",
+    "service": "of these the loops",
+}
+"""What is shown of `Used` beside the router, figure -> heading."""
 
 
 @dataclass(frozen=True, slots=True)

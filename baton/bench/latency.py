@@ -10,7 +10,7 @@ from typing import Final
 
 from baton.bench.canned import floor
 from baton.bench.client import Answer, Client, chat
-from baton.bench.fleet import Shape, running
+from baton.bench.fleet import OTHER_COLUMNS, Shape, running
 from baton.bench.report import Row, percentile, progress
 
 TITLE = "Time to the first token at low load, ms; CPU-µs per request"
@@ -22,10 +22,7 @@ COLUMNS = {
     "floor_p99_ms": "floor's p99",
     "slow": "above 30 ms, %",
     "router": "router, µs",
-    "nats": "nats-server",
-    "prefill": "prefill",
-    "decode": "decode",
-    "service": "of these the loops",
+    **OTHER_COLUMNS,
 }
 _SLOW_S: Final = 0.03
 """A client that delays its acknowledgements makes a 40 ms step of a server that waits for them."""

@@ -1,12 +1,13 @@
 """Rows of figures: medians over the rounds, as a table for people and as JSON for programs."""
 
+import asyncio
 import json
 import os
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,9 +75,9 @@ def check_json(path: str) -> None:
         raise ConfigError(f"cannot write {path}: no such folder")
 
 
-def write_json(path: str, what: str, rows: Sequence[Row]) -> None:
-    """Every round's figures, and where they were taken. Raises ConfigError."""
-    document: dict[str, Any] = {
+def document(what: str, rows: Sequence[Row]) -> dict[str, Any]:
+    """Every round's figures, and where they were taken."""
+    return {
         "what": what,
         "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "machine": {
@@ -87,8 +88,12 @@ def write_json(path: str, what: str, rows: Sequence[Row]) -> None:
         },
         "rows": [{"case": row.case, "figures": row.figures} for row in rows],
     }
+
+
+def write_json(path: str, content: Mapping[str, Any]) -> None:
+    """Raises ConfigError."""
     try:
-        Path(path).write_text(json.dumps(document, indent=1) + "\n")
+        Path(path).write_text(json.dumps(content, indent=1) + "\n")
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror}") from None
 
@@ -99,3 +104,17 @@ def percentile(values: Sequence[float], fraction: float) -> float:
     if not ordered:
         raise ValueError("no values")
     return ordered[min(len(ordered) - 1, int(len(ordered) * fraction))]
+
+
+async def until_stopped(measure: Awaitable[None], stop: asyncio.Event) -> bool:
+    """Whether it was stopped. What was measured stays."""
+    measuring = asyncio.ensure_future(measure)
+    stopping = asyncio.ensure_future(stop.wait())
+    await asyncio.wait([measuring, stopping], return_when=asyncio.FIRST_COMPLETED)
+    for task in (measuring, stopping):
+        task.cancel()
+    await asyncio.wait([measuring, stopping])
+    if measuring.cancelled():
+        return True
+    measuring.result()
+    return stop.is_set()

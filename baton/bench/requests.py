@@ -12,12 +12,10 @@ from typing import Final
 
 from baton.bench.canned import floor
 from baton.bench.client import Answer, chat, closed_loop
-from baton.bench.fleet import Fleet, Shape, running
+from baton.bench.fleet import OTHER_COLUMNS, Fleet, Shape, running
+from baton.bench.prompts import PROMPTS, texts
 from baton.bench.report import Row, percentile, progress
-from baton.demo import demo_model_folder
 from protocol.errors import ConfigError
-from text.assets import load_assets
-from text.tokenizer import Tokenizer
 
 TITLE = (
     "CPU-µs per request of two tokens; medians of the rounds. floor: a constant answer, no router"
@@ -27,19 +25,13 @@ COLUMNS = {
     "router": "router",
     "floor": "floor",
     "ratio": "router / floor",
-    "nats": "nats-server",
-    "prefill": "prefill",
-    "decode": "decode",
-    "service": "of these the loops",
+    **OTHER_COLUMNS,
     "total": "total",
     "rate": "requests/s",
     "p50_ms": "p50, ms",
     "p99_ms": "p99",
     "rss_mb": "router RSS, MB",
 }
-_WORDS: Final = "the quick brown fox jumps over the lazy dog "
-PROMPTS: Final = ("short", "2k", "32kb", "8k")
-"""18 words; 2 000 tokens; 32 KB of text; 8 000 tokens."""
 _FEWER: Final = {"short": 1, "2k": 4, "32kb": 10, "8k": 10}
 """Long prompts cost more: so many times fewer of them."""
 
@@ -49,19 +41,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts", default=",".join(PROMPTS), metavar="P,P", help="which")
     parser.add_argument("--concurrency", default="32,128", metavar="N,N", help="requests at once")
     parser.add_argument("--stream", action="store_true", help="ask for streams")
-
-
-def text_of(num_tokens: int) -> str:
-    """So many tokens, as the demo model counts them."""
-    tokenizer = Tokenizer.from_assets(load_assets(demo_model_folder()))
-    per_repetition = len(tokenizer.encode(_WORDS * 100, add_special_tokens=False)) / 100
-    return _WORDS * round(num_tokens / per_repetition)
-
-
-def texts() -> dict[str, str]:
-    """By name of the prompt."""
-    in_bytes = _WORDS * (32_768 // len(_WORDS))
-    return {"short": _WORDS * 2, "2k": text_of(2_000), "32kb": in_bytes, "8k": text_of(8_000)}
 
 
 async def measure(args: argparse.Namespace, stop: asyncio.Event, rows: list[Row]) -> None:

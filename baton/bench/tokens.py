@@ -13,9 +13,9 @@ from typing import Final
 
 from baton.bench.canned import floor
 from baton.bench.client import Answer, Client, chat, closed_loop
-from baton.bench.fleet import Fleet, Process, Shape, running
+from baton.bench.fleet import OTHER_COLUMNS, Fleet, Process, Shape, running
+from baton.bench.prompts import text_of
 from baton.bench.report import Row, percentile, progress
-from baton.bench.requests import text_of
 
 TITLE = "CPU-µs per token; medians of the rounds. floor: a bare uvloop writer at the same pace"
 COLUMNS = {
@@ -23,10 +23,7 @@ COLUMNS = {
     "floor": "floor",
     "over": "router - floor",
     "ratio": "router / floor",
-    "nats": "nats-server",
-    "prefill": "prefill",
-    "decode": "decode",
-    "service": "of these the loops",
+    **OTHER_COLUMNS,
     "total": "total",
     "gap_p50_ms": "gap p50, ms",
     "gap_p99_ms": "p99",

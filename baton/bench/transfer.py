@@ -16,9 +16,9 @@ import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+from baton.bench.report import check_json, progress, until_stopped, write_json
 from baton.bench.transfer_peer import BLOCK_BYTES, NUM_BLOCKS, NUM_SCATTERED
 from protocol.errors import ConfigError
 
@@ -86,18 +86,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 async def run_transfers(args: argparse.Namespace, stop: asyncio.Event) -> int:
     """Measure, print a table. Raises ConfigError. Stopped early, it prints what it has."""
     rows = [Row(name) for name in _checked(args)]
-    measuring = asyncio.create_task(_rounds(rows, args.repeats), name="measure")
-    stopped = asyncio.create_task(stop.wait(), name="until stopped")
-    await asyncio.wait([measuring, stopped], return_when=asyncio.FIRST_COMPLETED)
-    for task in (measuring, stopped):
-        task.cancel()
-    await asyncio.wait([measuring, stopped])
-    if not measuring.cancelled():
-        measuring.result()
+    stopped = await until_stopped(_rounds(rows, args.repeats), stop)
     print(table(rows))
     if args.json:
-        _write(Path(args.json), rows)
-    return 130 if measuring.cancelled() else 0
+        write_json(args.json, _document(rows))
+    return 130 if stopped else 0
 
 
 def _checked(args: argparse.Namespace) -> list[str]:
@@ -108,16 +101,8 @@ def _checked(args: argparse.Namespace) -> list[str]:
         raise ConfigError(f"--paths: {', '.join(unknown) or 'none'}; known: {', '.join(PATHS)}")
     if args.repeats < 1:
         raise ConfigError("--repeats must be at least 1")
-    if args.json and not Path(args.json).absolute().parent.is_dir():
-        raise ConfigError(f"cannot write {args.json}: no such folder")
+    check_json(args.json)
     return names
-
-
-def _write(path: Path, rows: Sequence[Row]) -> None:
-    try:
-        path.write_text(json.dumps(_document(rows), indent=1) + "\n")
-    except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error.strerror}") from None
 
 
 async def _rounds(rows: Sequence[Row], repeats: int) -> None:
@@ -125,7 +110,7 @@ async def _rounds(rows: Sequence[Row], repeats: int) -> None:
         for row in rows:
             if row.failed:
                 continue
-            _progress(f"round {number + 1} of {repeats}: {row.name}")
+            progress(f"round {number + 1} of {repeats}: {row.name}")
             try:
                 async with asyncio.timeout(_START_S + _MEASURE_S):
                     await _round(row)
@@ -133,10 +118,6 @@ async def _rounds(rows: Sequence[Row], repeats: int) -> None:
                 row.failed = str(error)
             except TimeoutError:
                 row.failed = "did not end in time"
-
-
-def _progress(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 async def _round(row: Row) -> None:

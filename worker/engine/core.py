@@ -272,7 +272,7 @@ class EngineCore:
     def _admit(self, now: float) -> None:
         """In order of arrival; who waits for another one's prefix or lease lets later ones pass."""
         roster, passed = self._roster, 0
-        num_leases = self._num_lendable()
+        num_leases = self._num_lendable() if roster.waiting else 0
         while passed < len(roster.waiting):
             num_active = len(roster.running) + self._puller.num_pulling
             if num_active >= self._config.max_running:

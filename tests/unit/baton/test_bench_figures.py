@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from baton.bench import canned, requests
+from baton.bench import canned, prompts
 from baton.bench.client import Client, chat, closed_loop
 from baton.bench.command import add_arguments, run_bench
 from baton.bench.report import Row, percentile, table
@@ -61,12 +61,12 @@ def test_prompts_have_the_lengths_that_their_names_say() -> None:
     tokenizer = Tokenizer.from_assets(load_assets(demo_model_folder()))
     found = {
         name: len(tokenizer.encode(text, add_special_tokens=False))
-        for name, text in requests.texts().items()
+        for name, text in prompts.texts().items()
     }
     assert found["short"] < 100
     assert 1_950 < found["2k"] < 2_050
     assert 7_950 < found["8k"] < 8_050
-    assert len(requests.texts()["32kb"]) == pytest.approx(32_768, rel=0.01)
+    assert len(prompts.texts()["32kb"]) == pytest.approx(32_768, rel=0.01)
 
 
 async def test_the_scheduler_alone_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
