@@ -60,6 +60,8 @@ class World:
         self.given_up: set[tuple[str, str]] = set()
         self.notes: dict[str, int] = {}
         self.inbox: list[ev.Event] = []
+        self.known: dict[str, str] = {}
+        """Incarnations by worker before this event, less those that it has removed so far."""
         self.dispatches: dict[str, int] = {}
         self.scheduler = Scheduler(limits, self, random.Random(seed + 1))
         self.workers = [Worker(f"w{n}", role) for n, role in enumerate(ROLES)]
@@ -81,8 +83,13 @@ class World:
     def feed(self, event: ev.Event) -> None:
         self.inbox.append(event)
         while self.inbox:
-            for command in self.scheduler.handle(self.inbox.pop(0), self.now):
+            event = self.inbox.pop(0)
+            self.known = self.incarnations()
+            for command in self.scheduler.handle(event, self.now):
                 self.run(command)
+
+    def incarnations(self) -> dict[str, str]:
+        return {view.info.worker_id: view.info.incarnation for view in self.scheduler.workers()}
 
     def run(self, command: cmd.Command) -> None:
         match command:
@@ -101,8 +108,9 @@ class World:
                 self.deliver(command)
             case cmd.ReleaseHandle():
                 key = (command.incarnation, command.handle_id)
+                known = (self.known, self.incarnations())
                 assert command.incarnation in [
-                    view.info.incarnation for view in self.scheduler.workers()
+                    incarnations.get(command.worker) for incarnations in known
                 ], "a dead lender is told nothing"
                 assert key in self.held
                 assert key not in self.released
@@ -124,13 +132,14 @@ class World:
             case cmd.Note():
                 self.notes[command.kind] = self.notes.get(command.kind, 0) + 1
                 if command.kind == "removed":
+                    self.known.pop(command.worker, None)
                     self.give_up(command.worker)
 
     def give_up(self, name: str) -> None:
         """The scheduler takes this worker for dead: its lease ends what it lent."""
-        known = [view.info.incarnation for view in self.scheduler.workers()]
+        known = self.incarnations().get(name)
         self.given_up |= {
-            key for key in self.held if key[0].startswith(f"{name}-") and key[0] not in known
+            key for key in self.held if key[0].startswith(f"{name}-") and key[0] != known
         }
 
     # -- the bus
