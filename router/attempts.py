@@ -1,8 +1,9 @@
 """The dispatches in flight, as the driver must remember them. Decides nothing."""
 
 from collections import OrderedDict
-from dataclasses import dataclass, field
 from typing import Final
+
+from msgspec import Struct, field
 
 from protocol.out import OutEnvelope
 from router.choices import Choice
@@ -14,8 +15,7 @@ STRAY_S: Final = 1.0
 """An attempt that is not ours is answered this often at most."""
 
 
-@dataclass(slots=True, eq=False)
-class Attempt:
+class Attempt(Struct, eq=False):
     """One dispatch, as the driver must remember it."""
 
     choice: Choice

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import msgspec
+from msgspec import Struct
 
 from protocol.errors import ClientError
 from protocol.jobs import Prompt
@@ -15,8 +16,7 @@ from protocol.out import Delta, TokenLogprob
 from protocol.sampling import Sampling
 
 
-@dataclass(frozen=True, slots=True)
-class ChoiceSpec:
+class ChoiceSpec(Struct, frozen=True, gc=False):
     """A validated choice, ready to be scheduled."""
 
     choice: str

@@ -8,10 +8,10 @@ import asyncio
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final
 
+from msgspec import Struct
 from msgspec.structs import replace
 
 from protocol.blocks import pack_ids
@@ -48,8 +48,7 @@ MAX_STREAMED_ENTRIES: Final = 1 << 16
 """The same of a stream, which is written on the loop: a tenth of a second for the others."""
 
 
-@dataclass(frozen=True, slots=True)
-class Prepared:
+class Prepared(Struct, frozen=True):
     """One request, checked and tokenized."""
 
     answer: Answer

@@ -6,11 +6,12 @@ flood of bad ones does not push out those that an operator asks for. Knows the s
 a choice, decides nothing, and is told everything: it never looks at a clock of its own.
 """
 
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple
+
+from msgspec import Struct
 
 from protocol.errors import ClientError
 from protocol.ids import request_of
@@ -40,11 +41,10 @@ class _Chance(NamedTuple):
     worker: str
 
 
-@dataclass(slots=True, eq=False)
-class _ChoiceRecord:
+class _ChoiceRecord(Struct, eq=False, gc=False):
     """One choice; `past` and `end` come when it has ended."""
 
-    chances: "deque[_Chance]" = field(default_factory=lambda: deque(maxlen=MAX_CHANCES))
+    chances: list[_Chance] = []
     past: Past = NO_PAST
     end: EndChoice | None = None
     status: int = 0
@@ -52,8 +52,7 @@ class _ChoiceRecord:
     output_tokens: int = 0
 
 
-@dataclass(slots=True, eq=False)
-class _Record:
+class _Record(Struct, eq=False, gc=False):
     """One request."""
 
     began: float
@@ -65,7 +64,7 @@ class _Record:
     """What the client was told; None: nothing (yet, or it went)."""
     error: dict[str, Any] | None = None
     """What was said, not the exception: that keeps the frames it went through, and their bodies."""
-    choices: dict[str, _ChoiceRecord] = field(default_factory=dict)
+    choices: dict[str, _ChoiceRecord] = {}
 
     @property
     def was_served(self) -> bool:
@@ -120,6 +119,8 @@ class Stories:
         one = self._choice(choice)
         if one is not None:
             one.chances.append(_Chance(self._clock(), kind, cause, worker))
+            if len(one.chances) > MAX_CHANCES:
+                del one.chances[0]
 
     def choice_ended(self, end: EndChoice, error: ClientError | None, output_tokens: int) -> None:
         one = self._choice(end.choice)

@@ -70,7 +70,7 @@ class AttemptEvents:
         if attempt.phase == "sent":
             attempt.phase = "accepted"
             attempt.trace.accepted_at = t.now
-            attempt.choice.story.append((t.now, "accepted", worker.id))
+            attempt.choice.tell(t.now, "accepted", worker.id)
         self._rearm(attempt)
 
     def _rearm(self, attempt: Attempt) -> None:
@@ -124,7 +124,7 @@ class AttemptEvents:
             return
         self._sign(attempt)
         choice = attempt.choice
-        choice.story.append((t.now, "prefilled", attempt.worker.id))
+        choice.tell(t.now, "prefilled", attempt.worker.id)
         if event.ended:
             t.close(attempt, done=True)
             self._mover.end(choice, "completed", leg="prefill")
@@ -189,7 +189,7 @@ class AttemptEvents:
             t.note_late("failed")
             return
         code = event.code
-        attempt.choice.story.append((t.now, code, event.message))
+        attempt.choice.tell(t.now, code, event.message)
         choice = attempt.choice
         if code in _FATAL and not (attempt is choice.prefill and choice.state == "decoding"):
             leg = event.leg

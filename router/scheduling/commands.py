@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from msgspec import Struct
+
 from protocol.errors import Outcome
 from protocol.handoff import KvHandle
 
@@ -13,8 +15,7 @@ Cause = str
 EndLeg = Literal["queue", "prefill", "transfer", "decode", "request"]
 
 
-@dataclass(frozen=True, slots=True)
-class StartPrefill:
+class StartPrefill(Struct, frozen=True, gc=False):
     """Send a prefill job; prompt, sampling and output so far are the driver's."""
 
     attempt: int
@@ -23,8 +24,7 @@ class StartPrefill:
     incarnation: str
 
 
-@dataclass(frozen=True, slots=True)
-class StartDecode:
+class StartDecode(Struct, frozen=True, gc=False):
     """Send a decode job; without a handle the worker prefills for itself."""
 
     attempt: int
@@ -34,8 +34,7 @@ class StartDecode:
     handle: KvHandle | None
 
 
-@dataclass(frozen=True, slots=True)
-class CancelAttempt:
+class CancelAttempt(Struct, frozen=True, gc=False):
     """Tell the worker to stop; from now on nothing of this attempt changes anything."""
 
     attempt: int
@@ -43,8 +42,7 @@ class CancelAttempt:
     incarnation: str
 
 
-@dataclass(frozen=True, slots=True)
-class ForgetAttempt:
+class ForgetAttempt(Struct, frozen=True, gc=False):
     """Its outcome has arrived: the worker may forget it (`Done`), and so may the driver."""
 
     attempt: int
@@ -63,28 +61,24 @@ class AskReplay:
     """For people: it changes nothing that is done."""
 
 
-@dataclass(frozen=True, slots=True)
-class RenewHandles:
+class RenewHandles(Struct, frozen=True, gc=False):
     worker: str
     incarnation: str
     handle_ids: Sequence[str]
 
 
-@dataclass(frozen=True, slots=True)
-class ReleaseHandle:
+class ReleaseHandle(Struct, frozen=True, gc=False):
     worker: str
     incarnation: str
     handle_id: str
 
 
-@dataclass(frozen=True, slots=True)
-class AskKvSnapshot:
+class AskKvSnapshot(Struct, frozen=True, gc=False):
     worker: str
     incarnation: str
 
 
-@dataclass(frozen=True, slots=True)
-class EndChoice:
+class EndChoice(Struct, frozen=True, gc=False):
     """The choice ends, exactly once. `completed` follows an `Ended` or `Prefilled(ended=True)`."""
 
     choice: str
@@ -96,8 +90,7 @@ class EndChoice:
     retry_after_s: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Note:
+class Note(Struct, frozen=True, gc=False):
     """Something worth counting and one log line: replay, retry, resume, local_prefill, suspect,
     preempted queue, worker_live, worker_silent, ..."""
 

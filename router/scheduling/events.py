@@ -1,7 +1,8 @@
 """What happens to the scheduler. Nouns and past participles: facts, never wishes."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from protocol.events import KvEvent, LoadReport
 from protocol.handoff import KvHandle
@@ -9,8 +10,7 @@ from protocol.out import FailureCode, Leg
 from protocol.worker_info import WorkerInfo
 
 
-@dataclass(frozen=True, slots=True)
-class Submitted:
+class Submitted(Struct, frozen=True, gc=False):
     """A client wants one choice."""
 
     choice: str
@@ -29,34 +29,29 @@ class Submitted:
     """Non-empty: choices with the same value have the same prompt, and should share one prefill."""
 
 
-@dataclass(frozen=True, slots=True)
-class ClientGone:
+class ClientGone(Struct, frozen=True, gc=False):
     """Nobody waits for this choice any more."""
 
     choice: str
 
 
-@dataclass(frozen=True, slots=True)
-class Accepted:
+class Accepted(Struct, frozen=True, gc=False):
     attempt: int
     handle: KvHandle | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Refused:
+class Refused(Struct, frozen=True, gc=False):
     attempt: int
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Progressed:
+class Progressed(Struct, frozen=True, gc=False):
     """Prefilled tokens or pulled bytes of this attempt moved on."""
 
     attempt: int
 
 
-@dataclass(frozen=True, slots=True)
-class Prefilled:
+class Prefilled(Struct, frozen=True, gc=False):
     """The prefill leg is over. `ended`: the first token already ended the choice."""
 
     attempt: int
@@ -65,100 +60,86 @@ class Prefilled:
     cached_tokens: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class DecodingStarted:
+class DecodingStarted(Struct, frozen=True, gc=False):
     """KV is on the decode worker and checked."""
 
     attempt: int
 
 
-@dataclass(frozen=True, slots=True)
-class Ended:
+class Ended(Struct, frozen=True, gc=False):
     """The attempt's final delta has been delivered to the stream."""
 
     attempt: int
 
 
-@dataclass(frozen=True, slots=True)
-class AttemptFailed:
+class AttemptFailed(Struct, frozen=True, gc=False):
     attempt: int
     leg: Leg
     code: FailureCode
     message: str
 
 
-@dataclass(frozen=True, slots=True)
-class GapSeen:
+class GapSeen(Struct, frozen=True, gc=False):
     """Something this worker said was lost: ask again for all that it holds."""
 
     worker: str
     incarnation: str
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerListed:
+class WorkerListed(Struct, frozen=True, gc=False):
     """Discovery says the worker exists (joined or updated)."""
 
     info: WorkerInfo
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerUnlisted:
+class WorkerUnlisted(Struct, frozen=True, gc=False):
     """Discovery says the key has vanished."""
 
     worker: str
     incarnation: str
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerReported:
+class WorkerReported(Struct, frozen=True, gc=False):
     worker: str
     incarnation: str
     report: LoadReport
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerLeaving:
+class WorkerLeaving(Struct, frozen=True, gc=False):
     worker: str
     incarnation: str
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerUnreachable:
+class WorkerUnreachable(Struct, frozen=True, gc=False):
     """The bus says nobody listens on the worker's jobs."""
 
     worker: str
     incarnation: str
 
 
-@dataclass(frozen=True, slots=True)
-class KvChanged:
+class KvChanged(Struct, frozen=True, gc=False):
     worker: str
     incarnation: str
     first_id: int
     events: Sequence[KvEvent]
 
 
-@dataclass(frozen=True, slots=True)
-class KvSnapshotArrived:
+class KvSnapshotArrived(Struct, frozen=True, gc=False):
     worker: str
     incarnation: str
     last_id: int
     hashes: Sequence[bytes]
 
 
-@dataclass(frozen=True, slots=True)
-class BusUp:
+class BusUp(Struct, frozen=True, gc=False):
     pass
 
 
-@dataclass(frozen=True, slots=True)
-class BusDown:
+class BusDown(Struct, frozen=True, gc=False):
     """Our own bus is away: silence means nothing until it is back."""
 
 
-@dataclass(frozen=True, slots=True)
-class Ticked:
+class Ticked(Struct, frozen=True, gc=False):
     """`next_deadline()` has passed."""
 
 

@@ -19,9 +19,9 @@ Every change of state goes through `Choice.move`; a move that the table does not
 bug and raises with the story. This file decides nothing and knows no clock.
 """
 
-from collections import deque
-from dataclasses import dataclass
 from typing import Final, Literal
+
+from msgspec import Struct
 
 from protocol.blocks import seed_of
 from protocol.errors import LocalError
@@ -78,13 +78,12 @@ _MAX_GROUPS: Final = 4
 EXPECTED_OUTPUT: Final = 256
 """Tokens of output that a decode worker is charged for, where more are allowed."""
 
-Story = deque[tuple[float, str, str]]
+Story = list[tuple[float, str, str]]
 AttemptKind = Literal["prefill", "pull", "local"]
 Phase = Literal["sent", "accepted", "decoding"]
 
 
-@dataclass(slots=True, eq=False)
-class LegTrace:
+class LegTrace(Struct, eq=False, gc=False):
     """What people are told of one attempt. Times are the caller's `now`; 0 where it never was."""
 
     attempt: int
@@ -140,6 +139,8 @@ class Attempt:
         worker = reservation.worker
         self.trace = LegTrace(number, kind, worker.id, worker.incarnation, now)
         choice.legs.append(self.trace)
+        if len(choice.legs) > STORY_LEGS:
+            del choice.legs[0]
 
 
 class Lent:
@@ -171,8 +172,8 @@ class Choice:
         self.id = spec.choice
         self.spec = spec
         self.state: State = "queued"
-        self.story: Story = deque(((now, "submitted", ""),), STORY_LINES)
-        self.legs: deque[LegTrace] = deque(maxlen=STORY_LEGS)
+        self.story: Story = [(now, "submitted", "")]
+        self.legs: list[LegTrace] = []
         """Every attempt, the latest last."""
         self.prefill: Attempt | None = None
         """Not None iff a prefill attempt is open."""
@@ -198,7 +199,14 @@ class Choice:
         if state is None:
             raise LocalError(f"choice {self.id}: {move} while {self.state}; {list(self.story)}")
         self.state = state
-        self.story.append((now, move, detail))
+        self.tell(now, move, detail)
+
+    def tell(self, now: float, what: str, detail: str) -> None:
+        """A line of its story; the oldest goes. (A list: a deque takes a page of memory each.)"""
+        story = self.story
+        story.append((now, what, detail))
+        if len(story) > STORY_LINES:
+            del story[0]
 
     def hashes_for(self, group: Group) -> PromptHashes:
         """Block hashes of the prompt as this group's workers compute them."""

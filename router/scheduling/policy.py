@@ -7,8 +7,9 @@ workers, pure freedom never uses a cache. Nothing here changes anything.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Final, Protocol
+
+from msgspec import Struct
 
 from router.scheduling.fleet import Reservation, Worker
 from router.scheduling.pools import PREFILL_QUEUE, Pool
@@ -29,8 +30,7 @@ class Rng(Protocol):
     def randrange(self, stop: int, /) -> int: ...
 
 
-@dataclass(slots=True)
-class Want:
+class Want(Struct, eq=False, gc=False):
     """What one choice asks of a worker of one group."""
 
     tokens: int
@@ -48,8 +48,7 @@ class Want:
     """How much of it will be in that worker's cache: the whole blocks before the last token."""
 
 
-@dataclass(slots=True)
-class Pick:
+class Pick(Struct, eq=False, gc=False):
     worker: Worker
     cost: float
     uncached: int
