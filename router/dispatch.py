@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Final
 
 from protocol.blocks import pack_ids
-from protocol.bus import Bus, BusEvent
+from protocol.bus import Bus, BusEvent, Message
 from protocol.codec import decode_snapshot, encode
 from protocol.errors import BadMessage, BusError, LocalError
 from protocol.events import Beat
@@ -30,11 +30,11 @@ from protocol.jobs import (
     Renew,
     Tokens,
 )
-from protocol.mailbox import Mailer
 from protocol.subjects import Subjects
 from router.attempts import Attempt, Attempts
 from router.choices import Choice, ChoiceSink, ChoiceSpec
 from router.inbox import Inbox
+from router.job_mail import JobMail
 from router.metrics import RouterMetrics
 from router.outcomes import client_error
 from router.scheduling import commands as cmd
@@ -81,19 +81,18 @@ class Dispatch:
         self._attempts = Attempts()
         self._pending: deque[ev.Event] = deque()
         self._handling = False
+        self._is_reading = False
         self._timer: asyncio.TimerHandle | None = None
         self._lost_timer: asyncio.TimerHandle | None = None
         self._tasks: asyncio.TaskGroup | None = None
-        self._mailer: Mailer[Job] = Mailer(
-            bus, envelope=self._envelope, on_overflow=self._on_overflow
-        )
+        self._jobs = JobMail(bus, subjects, router_id, metrics.bus_lost)
         self.inbox = Inbox(
             self._attempts,
             subjects=subjects,
             metrics=metrics,
             clock=clock,
             feed=self.feed,
-            post=self._post,
+            post=self._jobs.post,
             later=asyncio.get_running_loop().call_later,
             is_known=self.scheduler.has_worker,
             tell=self.stories.noted,
@@ -107,7 +106,7 @@ class Dispatch:
         self._bus.on_event(self._on_bus_event)
         if not self._bus.connected:
             self.feed(ev.BusDown())
-        await self._bus.subscribe(self._subjects.out_all(self.router_id), self.inbox.on_out)
+        await self._bus.subscribe(self._subjects.out_all(self.router_id), self._on_out)
         tasks.create_task(self._beat(), name="beats")
 
     async def _beat(self) -> None:
@@ -125,7 +124,7 @@ class Dispatch:
         for timer in (self._timer, self._lost_timer):
             if timer is not None:
                 timer.cancel()
-        self._mailer.flush_now()
+        self._jobs.flush_now()
         try:
             self._bus.publish(self._subjects.routers, encode(Beat(self.router_id, leaving=True)))
         except BusError:
@@ -198,7 +197,17 @@ class Dispatch:
                 self._handle(self._pending.popleft())
         finally:
             self._handling = False
-        self._arm()
+        if not self._is_reading:
+            self._arm()
+
+    def _on_out(self, message: Message) -> None:
+        """What a worker says, often of many choices: the timer is looked at when all is taken."""
+        self._is_reading = True
+        try:
+            self.inbox.on_out(message)
+        finally:
+            self._is_reading = False
+            self._arm()
 
     def _handle(self, event: ev.Event) -> None:
         """A defect met by one event or command is logged, and the others get their turn."""
@@ -248,7 +257,7 @@ class Dispatch:
                     if isinstance(command, cmd.RenewHandles)
                     else Release([command.handle_id])
                 )
-                self._post(command.worker, command.incarnation, job, lazy=True)
+                self._jobs.post(command.worker, command.incarnation, job, lazy=True)
             case _:
                 self._about_attempt(command)
 
@@ -259,10 +268,10 @@ class Dispatch:
         match command:
             case cmd.ForgetAttempt():
                 self._attempts.drop(attempt, done=True)
-                self._post(command.worker, command.incarnation, Done([attempt]), lazy=True)
+                self._jobs.post(command.worker, command.incarnation, Done([attempt]), lazy=True)
             case cmd.CancelAttempt():
                 self._attempts.drop(attempt)
-                self._post(command.worker, command.incarnation, Cancel(attempt))
+                self._jobs.post(command.worker, command.incarnation, Cancel(attempt))
             case cmd.AskReplay():
                 entry = self._attempts.live.get(attempt)
                 if entry is not None:
@@ -302,7 +311,7 @@ class Dispatch:
             self._metrics.queue_time(spec.model, now - choice.arrived_at)
         if isinstance(command, cmd.StartPrefill) or command.handle is None:
             choice.lent_at = 0.0
-        self._post(command.worker, command.incarnation, job)
+        self._jobs.post(command.worker, command.incarnation, job)
 
     def _end(self, command: cmd.EndChoice, now: float) -> None:
         choice = self._choices.pop(command.choice)
@@ -340,23 +349,7 @@ class Dispatch:
             )
             _log.log(level, "%s cause=%s%s", note.kind, note.cause, about)
 
-    # --- mail ---
-
-    def _post(self, worker: str, incarnation: str, job: Job, *, lazy: bool = False) -> None:
-        self._mailer.post(
-            self._subjects.jobs(worker, incarnation),
-            job,
-            reply=self._subjects.gone(self.router_id, worker, incarnation),
-            lazy=lazy,
-        )
-
-    def _envelope(self, _subject: str, jobs: list[Job]) -> bytes:
-        return encode(JobEnvelope(self.router_id, jobs))
-
-    def _on_overflow(self, subject: str, jobs: list[Job]) -> None:
-        """The bus took nothing: the deadlines of these jobs will move them elsewhere."""
-        _log.warning("bus is full, dropped jobs=%d for %s", len(jobs), subject)
-        self._metrics.bus_lost(len(jobs))
+    # --- the bus ---
 
     def _on_bus_event(self, event: BusEvent) -> None:
         match event.kind:

@@ -166,11 +166,8 @@ class Mover:
     def wait_for_place(self, choice: Choice) -> None:
         """It holds a handle and stands in `decode_wait`: first come, first served."""
         t = self._t
-        group = choice.group
-        assert group is not None
-        group.waiters[choice.id] = choice
+        t.wait(choice)
         t.deadlines.arm(choice.timer, t.now + t.limits.decode_wait_timeout_s)
-        t.dirty.add(group.model)
 
     def requeue(
         self, choice: Choice, cause: str, *, worker: str, leg: EndLeg, resumable: bool = True
@@ -194,9 +191,7 @@ class Mover:
     def park(self, choice: Choice) -> None:
         """Every worker has failed it: all may try again, after a pause that grows."""
         t = self._t
-        if choice.state == "decode_wait":
-            assert choice.group is not None
-            choice.group.waiters.pop(choice.id, None)
+        t.stop_waiting(choice)
         t.admission.discard(choice)
         t.admission.parked[choice.id] = choice
         if choice.backoff is None:
@@ -215,8 +210,7 @@ class Mover:
         if choice.state == "decode_wait" and tries.local:
             self.requeue(choice, "transfer_failed", worker="", leg=LEG_OF[choice.state])
         elif choice.state == "decode_wait":
-            assert choice.group is not None
-            choice.group.waiters[choice.id] = choice
+            t.wait(choice)
         else:
             t.admission.add(choice, t.bus_now)
 

@@ -162,12 +162,15 @@ class Scheduler:
         model = t.fleet.known(event.model, t.bus_now)
         if model is None:
             return "model_not_found"
-        groups = [g for g in model.groups.values() if event.model_digest in ("", g.digest)]
-        if not any(group.decode.order for group in groups) and (
-            not groups or t.bus_now >= model.hope_until
-        ):
+        has_group = can_decode = False
+        longest = 0
+        for group in model.groups.values():
+            if event.model_digest in ("", group.digest):
+                has_group = True
+                can_decode = can_decode or bool(group.decode.order)
+                longest = max(longest, group.max_context)
+        if not can_decode and (not has_group or t.bus_now >= model.hope_until):
             return "no_decode_worker"
-        longest = max(group.max_context for group in groups)
         if event.packed_prompt and longest and event.num_prompt_tokens >= longest:
             return "context_length_exceeded"
         return ""

@@ -46,26 +46,34 @@ class Placer:
         t = self._t
         if t.frozen_at is not None:
             return
+        if not (t.num_waiters or t.admission.num_queued):
+            t.dirty.clear()  # nobody is here to whom it could matter, as after most events
+            return
         names = sorted(t.dirty)
         t.dirty.clear()
         self._left = MAX_STARTS
         for name in names:
             model = t.fleet.models.get(name)
-            if model is None:
-                continue
-            for group in list(model.groups.values()):
-                if group.waiters:
-                    self._serve_waiters(group)
-            if t.admission.num_queued:
-                self._serve_lonely(name, model)
-                for lane in t.admission.lanes(name):
-                    self._serve_lane(lane)
-            if self._left <= 0:
-                t.dirty.add(name)
+            if model is not None:
+                self._serve(name, model)
         if t.dirty and self._left <= 0:
             t.deadlines.arm(t.drain_timer, t.now)
 
     # -- the queues
+
+    def _serve(self, name: str, model: Model) -> None:
+        t = self._t
+        if t.num_waiters:
+            for group in list(model.groups.values()):
+                if group.waiters:
+                    self._serve_waiters(group)
+        if t.admission.num_queued:
+            if t.admission.lonely or t.claims:
+                self._serve_lonely(name, model)
+            for lane in t.admission.lanes(name):
+                self._serve_lane(lane)
+        if self._left <= 0:
+            t.dirty.add(name)
 
     def _serve_waiters(self, group: Group) -> None:
         """A few may overtake one that fits nowhere now: its place may be what they lend."""

@@ -95,6 +95,8 @@ class Tables:
         self.dirty: set[str] = set()
         """Models for which something may have become possible."""
         self.out: list[Command] = []
+        self.num_waiters = 0
+        """Choices that stand in the `waiters` of any group."""
         self._next_attempt = first_attempt
         self._ended: OrderedDict[str, Past] = OrderedDict()
 
@@ -225,13 +227,27 @@ class Tables:
         group.num_pending += 1
         group.pending_blocks += blocks
 
+    def wait(self, choice: Choice) -> None:
+        """It wants a decode worker of its group as soon as there is a place."""
+        group = choice.group
+        assert group is not None
+        if choice.id not in group.waiters:
+            group.waiters[choice.id] = choice
+            self.num_waiters += 1
+        self.dirty.add(group.model)
+
+    def stop_waiting(self, choice: Choice) -> None:
+        """It keeps its claim to a place, if it has one, but does not want it now."""
+        if choice.group is not None and choice.group.waiters.pop(choice.id, None) is not None:
+            self.num_waiters -= 1
+
     def forget_place(self, choice: Choice) -> None:
         """It has a place, or does not want one any more."""
         group = choice.group
         if group is None:
             return
+        self.stop_waiting(choice)
         choice.group = None
-        group.waiters.pop(choice.id, None)
         group.num_pending -= 1
         group.pending_blocks -= choice.pending_blocks
         self.fleet.drop_if_empty(group)
@@ -302,6 +318,9 @@ class Tables:
         self._validate_pending()
 
     def _validate_pending(self) -> None:
+        groups = [g for model in self.fleet.models.values() for g in model.groups.values()]
+        if sum(len(group.waiters) for group in groups) != self.num_waiters:
+            raise LocalError("who waits for a decode place is miscounted")
         for model in self.fleet.models.values():
             for group in model.groups.values():
                 pending = [c for c in self.choices.values() if c.group is group]

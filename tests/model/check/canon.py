@@ -70,7 +70,9 @@ SKIPPED: Final[dict[str, frozenset[str]]] = {
         "_bad", "_bad_logged_at", "_metrics", "_subjects", "_on_client_gone", "_strays", "_sources",
         "_tell", "_transports",
     }),
-    "Front": frozenset({"postbox", "_metrics", "_subjects", "_mailer", "_pending", "_handling"}),
+    "Front": frozenset({
+        "postbox", "_metrics", "_subjects", "_jobs", "_pending", "_handling", "_is_reading",
+    }),
     "Desk": frozenset({
         "_subjects", "num_bad", "postbox", "_mailer", "telemetry", "_bus", "_role", "_worker",
     }),

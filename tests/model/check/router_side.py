@@ -13,11 +13,13 @@ from protocol.events import LoadReport
 from protocol.jobs import Tokens
 from protocol.out import Delta
 from protocol.sampling import Sampling
+from protocol.subjects import Subjects
 from protocol.worker_info import Capacity, KvLayout, WorkerInfo
 from router.attempts import Attempts
 from router.choices import Choice, ChoiceSpec
 from router.dispatch import Dispatch
 from router.inbox import Inbox
+from router.job_mail import JobMail
 from router.scheduling import commands as cmd
 from router.scheduling import events as ev
 from router.scheduling.attempts import FREE_SHARE
@@ -81,6 +83,18 @@ class Listener:
             self.wrong = f"{choice.id} completes with {self.heard} of {self.expected}"
 
 
+class Mail(JobMail):
+    """The real one, but the turns of a loop are the world's."""
+
+    def __init__(self, names: Subjects) -> None:
+        self._subjects = names
+        self._router_id = ROUTER
+        self._addresses = {}
+        self.postbox = Postbox(self._envelope)
+        self._mailer = self.postbox  # type: ignore[assignment]
+        self.flush_now = self.postbox.flush_now
+
+
 class Front(Dispatch):
     """The real driver without its loop."""
 
@@ -98,8 +112,9 @@ class Front(Dispatch):
         self._pending = process.pending
         self._handling = False
         self._tasks = None
-        self.postbox = Postbox(self._envelope)
-        self._mailer = self.postbox  # type: ignore[assignment]
+        self._is_reading = False
+        self._jobs = Mail(self._subjects)
+        self.postbox = self._jobs.postbox
         self.dispatches: dict[str, int] = {}
         self.failed: dict[str, str] = {}
         """The incarnation that failed a choice last, until the choice starts elsewhere."""
@@ -110,7 +125,7 @@ class Front(Dispatch):
             metrics=self._metrics,
             clock=process.clock,
             feed=self.feed,
-            post=self._post,
+            post=self._jobs.post,
             later=process.later,
             is_known=self.scheduler.has_worker,
             tell=_ignore,
