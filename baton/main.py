@@ -1,13 +1,12 @@
 """The `baton` command line."""
 
 import argparse
+import gc
 import logging
 import os
 import sys
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 
-from baton.bench.command import add_arguments, run_bench
 from baton.logs import set_up_logs
 from baton.run import complain, run_process
 from baton.settings import add_flags, load_settings
@@ -16,26 +15,26 @@ from protocol.errors import ConfigError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    parser = _parser()
-    args = parser.parse_args(argv)
+    gc.disable()  # a tenth of the start is looking for garbage in what is being imported
+    given = sys.argv[1:] if argv is None else list(argv)
+    args = _parser(given[:1]).parse_args(given)
     try:
         return _COMMANDS[args.command](args)
     except ConfigError as error:
         return complain(error)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(wanted: Sequence[str]) -> argparse.ArgumentParser:
+    """What a command needs is imported for it alone: `baton up` and routers start at once."""
     parser = argparse.ArgumentParser(
         prog="baton",
         description="Serve large language models with prefill and decode on separate workers.",
     )
-    parser.add_argument("--version", action="version", version=f"baton {_version()}")
+    parser.add_argument("--version", action="version", version=_version(wanted))
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_up(commands.add_parser("up", help="everything on this machine, ready to ask"))
-    # The settings are imported only for the command that needs them: `baton up` starts at once.
-    wanted = sys.argv[1:2]
     router = commands.add_parser("router", help="one router process")
-    if wanted == ["router"]:
+    if "router" in wanted:
         from router.config import RouterConfig
 
         add_flags(router, RouterConfig)
@@ -43,20 +42,27 @@ def _parser() -> argparse.ArgumentParser:
             router.add_argument(flag, default="", help=argparse.SUPPRESS)
         router.add_argument("--successor", action="store_true", help=argparse.SUPPRESS)
     worker = commands.add_parser("worker", help="one worker process")
-    if wanted == ["worker"]:
+    if "worker" in wanted:
         from worker.config import WorkerConfig
 
         add_flags(worker, WorkerConfig)
     bench = commands.add_parser("bench", help="CPU per token and per request; pace of KV transfers")
-    add_arguments(bench)
+    if "bench" in wanted:
+        from baton.bench.command import add_arguments
+
+        add_arguments(bench)
     return parser
 
 
-def _version() -> str:
+def _version(wanted: Sequence[str]) -> str:
+    if "--version" not in wanted:
+        return ""  # looking for it takes a twentieth of a router's start
+    from importlib.metadata import PackageNotFoundError, version
+
     try:
-        return version("baton-serve")
+        return f"baton {version('baton-serve')}"
     except PackageNotFoundError:
-        return "0+unknown"
+        return "baton 0+unknown"
 
 
 def _add_up(parser: argparse.ArgumentParser) -> None:
@@ -135,6 +141,8 @@ def _worker(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
+    from baton.bench.command import run_bench
+
     return run_process(lambda stop, _: run_bench(args, stop))
 
 
