@@ -17,7 +17,7 @@ from router import streams
 from router.sinks import CollectSink
 
 TOKEN, REQUEST = paths.PATHS
-CEILINGS = {TOKEN: 26.0, REQUEST: 10.0}
+CEILINGS = {TOKEN: 27.0, REQUEST: 12.0}
 """1.6 times the median of many runs. Who makes a path dearer on purpose measures it again; who
 makes it cheaper lowers its ceiling."""
 PIECES = {TOKEN: 20, REQUEST: 15}
@@ -37,11 +37,12 @@ def test_the_router_costs_no_more_than_it_did(case: str) -> None:
     while len(tries) < TRIES and min(tries, default=math.inf) > ceiling:
         found = measured(case)
         tries.append(found["ratio"])
-    shown = ", ".join(f"{ratio:.1f}" for ratio in tries)
-    assert min(tries) <= ceiling, (
-        f"{case} costs {shown} times its floor, at most {ceiling:g} is expected; now"
-        f" {found['router_us']:.2f} us, floor {found['floor_us']:.2f} us (`baton bench paths`)"
-    )
+    if min(tries) > ceiling:
+        shown = ", ".join(f"{ratio:.1f}" for ratio in tries)
+        pytest.fail(
+            f"{case} costs {shown} times its floor, at most {ceiling:g} is expected; now"
+            f" {found['router_us']:.2f} us, floor {found['floor_us']:.2f} us (`baton bench paths`)"
+        )
 
 
 async def test_both_paths_are_a_table_and_json(
