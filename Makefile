@@ -23,7 +23,7 @@ help:
 	@echo "make chaos   break real processes, row by row (TRANSPORT=shm,tcp,nixl,nixl-tcp ROWS=kill/*,etcd JSON=file)"
 	@echo "make overload  ten times what a fleet can do (SECONDS=60 TRANSPORT=shm)"
 	@echo "make soak    mixed traffic with a fault every few seconds, and what grows (MINUTES=10 CLIENTS=8 TRANSPORT=shm)"
-	@echo "make bench   what a token costs each process (BENCH='requests --rounds 3', latency, scheduler, transfer, engine)"
+	@echo "make bench   what a token costs each process (BENCH='requests --rounds 3', latency, scheduler, paths, transfer, engine)"
 
 # --- environments: each stamp is one layer, so that `make up ENGINE=simulated` needs no torch ---
 $(VENV)/.created:

@@ -3,6 +3,7 @@
 import logging
 import sys
 from datetime import UTC, datetime
+from typing import TextIO
 
 import msgspec
 
@@ -20,9 +21,8 @@ class JsonFormatter(logging.Formatter):
         return msgspec.json.encode(line).decode()
 
 
-def set_up_logs(level: str, log_format: str) -> None:
-    """Call once, first thing in the process."""
-    handler = logging.StreamHandler(sys.stderr)
+def log_handler(stream: TextIO, log_format: str) -> logging.Handler:
+    handler = logging.StreamHandler(stream)
     if log_format == "json":
         handler.setFormatter(JsonFormatter())
     else:
@@ -31,6 +31,12 @@ def set_up_logs(level: str, log_format: str) -> None:
                 "%(asctime)s.%(msecs)03d %(levelname)s %(name)s %(message)s", "%H:%M:%S"
             )
         )
+    return handler
+
+
+def set_up_logs(level: str, log_format: str) -> None:
+    """Call once, first thing in the process."""
+    handler = log_handler(sys.stderr, log_format)
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     # These libraries log each retry with a traceback; we say what matters ourselves.
     for noisy in ("nats", "asyncio", "aiohttp", "grpc"):

@@ -5,7 +5,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from typing import NamedTuple
 
-from baton.bench import engine, latency, requests, scheduler, tokens, transfer
+from baton.bench import engine, latency, paths, requests, scheduler, tokens, transfer
 from baton.bench.report import Row, check_json, document, table, until_stopped, write_json
 from protocol.errors import ConfigError
 
@@ -37,6 +37,11 @@ _FIGURES = {
     "scheduler": _Figures(
         "CPU of the scheduler alone per event",
         scheduler.TITLE, scheduler.COLUMNS, scheduler.add_arguments, scheduler.measure,
+        has_fleet=False,
+    ),
+    "paths": _Figures(
+        "CPU of the router's own code per token and request, beside what nobody could save",
+        paths.TITLE, paths.COLUMNS, paths.add_arguments, paths.measure,
         has_fleet=False,
     ),
 }  # fmt: skip
@@ -84,7 +89,7 @@ async def run_bench(args: argparse.Namespace, stop: asyncio.Event) -> int:
 def _check(args: argparse.Namespace) -> None:
     """Every number that must be one, before anything starts."""
     check_json(args.json)
-    for name in ("rounds", "requests", "tokens", "prefill", "decode", "inflight"):
+    for name in ("rounds", "requests", "tokens", "prefill", "decode", "inflight", "pieces"):
         if getattr(args, name, 1) < 1:
             raise ConfigError(f"--{name} must be at least 1")
     for name in ("streams", "concurrency", "workers"):

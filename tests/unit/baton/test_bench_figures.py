@@ -108,6 +108,7 @@ async def test_an_answer_that_is_none_is_no_figure() -> None:
         (["requests", "--prompts=long"], "--prompts takes short, 2k, 32kb, 8k, not 'long'"),
         (["requests", "--concurrency=0"], "--concurrency takes numbers above 0, not '0'"),
         (["latency", "--json=/nowhere/x"], "cannot write /nowhere/x: no such folder"),
+        (["paths", "--pieces=0"], "--pieces must be at least 1"),
         (["scheduler", "--workers="], "--workers takes numbers above 0, not ''"),
     ],
 )
