@@ -10,7 +10,7 @@ vocabulary does not have, and each character goes out when it is complete.
 """
 
 import codecs
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from text.decoding import ByteDecoding, Decoding, PieceDecoding
@@ -31,15 +31,13 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
         self._part = _part_for(tokenizer, skip_special_tokens, tokenizer.decoding)
+        self.push_one: Callable[[int], str] = self._part.push
+        """The text that one further id completes; may be empty."""
 
     def push(self, ids: Iterable[int]) -> str:
         """The text that these further ids complete; may be empty."""
         push = self._part.push
         return "".join([push(token_id) for token_id in ids])
-
-    def push_one(self, token_id: int) -> str:
-        """The text that one further id completes; may be empty."""
-        return self._part.push(token_id)
 
     def finish(self) -> str:
         """The rest, once. What cannot be completed any more becomes U+FFFD."""
@@ -59,16 +57,26 @@ class _ByteStream:
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
         self._token_bytes = tokenizer.token_bytes
-        self._is_special = tokenizer.is_special if skip_special_tokens else _never
-        self._utf8 = _UTF8(errors="replace")
+        self._whole_texts = tokenizer.whole_texts
+        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._held = b""
+        """The beginning of a character."""
 
     def push(self, token_id: int) -> str:
-        if self._is_special(token_id):
+        if token_id in self._skipped:
             return ""
-        return self._utf8.decode(self._token_bytes(token_id))
+        if not self._held:
+            text = self._whole_texts.get(token_id)
+            if text is not None:
+                return text
+        data = self._held + self._token_bytes(token_id)
+        text, length = codecs.utf_8_decode(data, "replace", False)
+        self._held = data[length:]
+        return text
 
     def finish(self) -> str:
-        return self._utf8.decode(b"", final=True)
+        held, self._held = self._held, b""
+        return held.decode(errors="replace")
 
 
 class _PieceStream:

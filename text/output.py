@@ -58,7 +58,11 @@ class OutputText:
     def push(self, token_id: int) -> Piece:
         """What this id adds."""
         self.num_tokens += 1
-        return self._release(self._detokenizer.push_one(token_id))
+        text = self._detokenizer.push_one(token_id)
+        if self._matcher is not None:
+            return self._release(text)
+        self.chars_released += len(text)  # As `_release` does: once for every token.
+        return Piece(text)
 
     def finish(self) -> Piece:
         """What was held, when no more ids come. Nothing after a stop string."""

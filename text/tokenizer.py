@@ -6,6 +6,7 @@ which needs no file. Callers cannot tell which one they have. It knows nothing o
 
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Any, Protocol
 
 import tokenizers
@@ -74,9 +75,13 @@ class Tokenizer:
     def __init__(self, backend: _Backend, assets: ModelAssets) -> None:
         self._backend = backend
         self._bytes: dict[int, bytes] = {}
+        self.whole_texts: dict[int, str] = {}
+        """Of those ids whose `token_bytes` were asked for and are whole characters: their text."""
         names = special_tokens(assets)
         self.vocab_size = backend.vocab_size
         """Ids are below it; added tokens are counted."""
+        self.special_ids = backend.special_ids
+        """Left out of an answer's text."""
         self.decoding = backend.decoding
         """How tokens become text; for the detokenizer."""
         self.bos_id = _bos_id(backend, assets, names)
@@ -123,6 +128,8 @@ class Tokenizer:
             if token is None:
                 return b""
             known = self._bytes[token_id] = self._single(token_id, token)
+            with suppress(UnicodeDecodeError):
+                self.whole_texts[token_id] = known.decode()
         return known
 
     def token_text(self, token_id: int) -> str:
@@ -131,7 +138,7 @@ class Tokenizer:
 
     def is_special(self, token_id: int) -> bool:
         """Whether the token is left out of an answer's text."""
-        return token_id in self._backend.special_ids
+        return token_id in self.special_ids
 
     def _single(self, token_id: int, token: str) -> bytes:
         if token_id in self._backend.special_ids and not isinstance(self.decoding, ByteDecoding):

@@ -10,10 +10,12 @@ while a transfer may still write them.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
 from typing import Literal
+
+import msgspec
 
 from protocol.blocks import pack_ids, unpack_ids
 from protocol.handoff import KvHandle, RankKv, TcpOffer
@@ -203,7 +205,7 @@ class Decode:
         pull_id, is_word, end = self.inbox.pop(index % len(self.inbox))
         self.pulls[pull_id].ends.append((is_word, end))
         if self._checks == "none" and not is_word:
-            end = replace(end, word=self.pulls[pull_id].pull.handle.ranks[0].nonce)
+            end = msgspec.structs.replace(end, word=self.pulls[pull_id].pull.handle.ranks[0].nonce)
         handle = self.sink.word_ended if is_word else self.sink.data_ended
         self.run(handle(pull_id, end, now))
 

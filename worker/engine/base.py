@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import msgspec
+
 from protocol.events import KvEvent
 from protocol.handoff import KvHandle
 from protocol.ids import JobKey
@@ -18,8 +20,7 @@ from protocol.worker_info import Capacity, EngineTraits, KvLayout
 from text.assets import ModelAssets
 
 
-@dataclass(frozen=True, slots=True)
-class PrefillJob:
+class PrefillJob(msgspec.Struct, frozen=True):
     """Compute KV of prompt + output, sample the next token, lend the blocks."""
 
     key: JobKey
@@ -31,8 +32,7 @@ class PrefillJob:
     cache_salt: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class DecodeJob:
+class DecodeJob(msgspec.Struct, frozen=True):
     """Go on after `output_ids`; without a handle it is a local prefill or a resume."""
 
     key: JobKey
@@ -45,8 +45,7 @@ class DecodeJob:
     cache_salt: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class PrefillResult:
+class PrefillResult(msgspec.Struct, frozen=True):
     """Outcome of a prefill leg. `first.finish` set: the choice ends here and nothing is lent."""
 
     prompt_tokens: int
@@ -58,8 +57,7 @@ class PrefillResult:
     prompt_logprobs: list[TokenLogprob | None] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class DecodingInfo:
+class DecodingInfo(msgspec.Struct, frozen=True):
     """How the KV of a decode leg came here."""
 
     cached_tokens: int = 0
@@ -73,8 +71,7 @@ class DecodingInfo:
     """Why that transport and no other."""
 
 
-@dataclass(frozen=True, slots=True)
-class EngineError:
+class EngineError(msgspec.Struct, frozen=True):
     leg: Leg
     code: FailureCode
     message: str
@@ -98,8 +95,7 @@ class EngineInfo:
     """What an external engine calls it: the served name, where the operator gave none."""
 
 
-@dataclass(frozen=True, slots=True)
-class Load:
+class Load(msgspec.Struct, frozen=True):
     """Numbers of one moment."""
 
     running: int

@@ -345,7 +345,8 @@ class EngineCore:
         self, sequence: ActiveSequence, chunk: Chunk, token: int | None, now: float
     ) -> None:
         start, count = chunk.start, len(chunk.ids)
-        self._prefilled_tokens += max(0, min(count, sequence.num_given - start))
+        if start < sequence.num_given:
+            self._prefilled_tokens += min(count, sequence.num_given - start)
         sequence.num_computed = start + count
         self._roster.store_full_blocks(sequence)
         if chunk.scores is not None and sequence.prompt_logprobs is not None:

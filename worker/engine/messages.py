@@ -7,6 +7,8 @@ import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import msgspec
+
 from protocol.ids import JobKey
 from worker.engine.base import DecodeJob, PrefillJob
 from worker.engine.grammar import GrammarState
@@ -39,24 +41,20 @@ class StepperConfig:
     """Look at every rule after every turn and before every write: slow, for tests."""
 
 
-@dataclass(frozen=True, slots=True)
-class Submit:
+class Submit(msgspec.Struct, frozen=True):
     job: PrefillJob | DecodeJob
     serial: int
 
 
-@dataclass(frozen=True, slots=True)
-class Cancel:
+class Cancel(msgspec.Struct, frozen=True):
     key: JobKey
 
 
-@dataclass(frozen=True, slots=True)
-class Renew:
+class Renew(msgspec.Struct, frozen=True):
     handle_ids: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Release:
+class Release(msgspec.Struct, frozen=True):
     handle_ids: tuple[str, ...]
 
 
@@ -68,8 +66,7 @@ class Drain:
     wanted: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class OperationEnded:
+class OperationEnded(msgspec.Struct, frozen=True):
     """From a transport's thread: an operation of a pull is terminal."""
 
     pull_id: int

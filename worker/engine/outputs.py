@@ -40,7 +40,8 @@ class TurnOutputs:
         self.notes.append((key, serial, ends, say))
 
     def delta(self, key: JobKey, serial: int, delta: Delta) -> None:
-        self.taken.pop(key, None)
+        if self.taken:
+            self.taken.pop(key, None)
         self.deltas.append((key, serial, delta))
 
     def __bool__(self) -> bool:

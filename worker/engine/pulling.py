@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+import msgspec
+
 from protocol.blocks import unpack_ids
 from protocol.errors import LocalError
 from protocol.handoff import KvHandle
@@ -43,16 +45,14 @@ PROGRESS_S = 0.5
 """Progress is looked at, and told, this often."""
 
 
-@dataclass(frozen=True, slots=True)
-class PullReady:
+class PullReady(msgspec.Struct, frozen=True):
     """The sequence's KV is here and checked."""
 
     sequence: ActiveSequence
     info: DecodingInfo
 
 
-@dataclass(frozen=True, slots=True)
-class PullLost:
+class PullLost(msgspec.Struct, frozen=True):
     """The KV did not come; the blocks that were to hold it are taken care of."""
 
     sequence: ActiveSequence
@@ -60,8 +60,7 @@ class PullLost:
     message: str
 
 
-@dataclass(frozen=True, slots=True)
-class PullMoved:
+class PullMoved(msgspec.Struct, frozen=True):
     """Bytes have arrived."""
 
     sequence: ActiveSequence

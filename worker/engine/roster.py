@@ -89,14 +89,18 @@ class Roster:
     def plan(self, *, max_step_tokens: int) -> list[Planned]:
         """What runs in this step, with blocks for all of it; preempts where they do not suffice."""
         candidates = list(self.running)
+        size = self._block_size
         counts = plan_step(
-            [sequence.num_missing for sequence in candidates],
+            [len(sequence.ids) - sequence.num_computed for sequence in candidates],
             max_step_tokens=max_step_tokens,
-            min_prefill=self._block_size,
+            min_prefill=size,
         )
         planned = []
         for sequence, count in zip(candidates, counts, strict=True):
-            if count and sequence.stage is Stage.RUNNING and self._grow(sequence, count):
+            if not count or sequence.stage is not Stage.RUNNING:
+                continue
+            has_room = sequence.num_computed + count <= len(sequence.blocks) * size
+            if has_room or self._grow(sequence, count):
                 planned.append((sequence, count))
         return planned
 

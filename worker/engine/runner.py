@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import msgspec
+
 from protocol.out import TokenLogprob
 from protocol.sampling import Sampling
 from protocol.worker_info import KvLayout
@@ -32,8 +34,7 @@ class Scores:
     """Of the positions from `prompt_from` on: all that follow positions of this chunk."""
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(msgspec.Struct, frozen=True, gc=False):
     """One sequence's part of one step: tokens `ids` at positions `start ..`."""
 
     blocks: Sequence[int]

@@ -104,10 +104,6 @@ class ActiveSequence:
         return len(self.ids) - self.num_prompt
 
     @property
-    def num_missing(self) -> int:
-        return len(self.ids) - self.num_computed
-
-    @property
     def leg(self) -> Leg:
         """For errors."""
         if self.is_prefill:
@@ -138,20 +134,20 @@ class ActiveSequence:
 
     def chunk(self, count: int) -> Chunk:
         """The next `count` tokens to compute, for the model."""
-        start = self.num_computed
-        end = start + count
+        start, ids = self.num_computed, self.ids
+        end, num_output = start + count, len(ids) - self.num_prompt
         scores = None
         if self.sampling.logprobs >= 0 or self.prompt_logprobs is not None:
             scores = self._scores()
         return Chunk(
             blocks=self.blocks,
-            ids=self.ids[start:end],
+            ids=ids[start:end],
             start=start,
-            sample=end == len(self.ids),
+            sample=end == len(ids),
             sampling=self.sampling,
-            output_index=self.num_output,
-            num_output=self.num_output,
-            history=self.ids,
+            output_index=num_output,
+            num_output=num_output,
+            history=ids,
             num_prompt=self.num_prompt,
             allowed=None if self.grammar is None else self.grammar.allowed,
             scores=scores,
@@ -168,7 +164,8 @@ class ActiveSequence:
             return self._end(self.carry + rest, finish, stop)
         self.ids.append(token)
         text, finish, stop = self._read(token, index)
-        text, self.carry = self.carry + text, ""
+        if self.carry:
+            text, self.carry = self.carry + text, ""
         delta = Delta(self.key.attempt, index, [token], text, finish, stop)
         if scores is not None and scores.sampled is not None:
             delta.logprobs = [scores.sampled]
@@ -235,10 +232,11 @@ class ActiveSequence:
 
     def _ends_choice(self, token: int, index: int) -> bool:
         """Whether `token`, as output `index`, ends the choice by itself."""
-        if index < self.sampling.min_tokens:
+        sampling = self.sampling
+        if index < sampling.min_tokens:
             return False
-        is_eos = token in self.limits.eos_ids and not self.sampling.ignore_eos
-        return is_eos or token in self.sampling.stop_token_ids
+        is_eos = token in self.limits.eos_ids and not sampling.ignore_eos
+        return is_eos or token in sampling.stop_token_ids
 
     def _token_stop(self, token: int) -> int | None:
         """What the client is told: the model's own end needs no name."""
@@ -246,9 +244,9 @@ class ActiveSequence:
         return None if is_eos else token
 
     def _is_full(self) -> bool:
-        return (
-            self.num_output >= self.sampling.max_tokens or len(self.ids) >= self.limits.max_context
-        )
+        length = len(self.ids)
+        full = self.num_prompt + self.sampling.max_tokens
+        return length >= full or length >= self.limits.max_context
 
     def _end(self, text: str, finish: Finish, stop: str | int | None) -> Delta:
         return Delta(self.key.attempt, self.num_output, [], text, finish, stop)

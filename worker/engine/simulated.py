@@ -29,7 +29,7 @@ from worker.kv.arena import Arena, LeaseTable, ScratchWords
 from worker.transfer.base import Transfer
 
 _DIGEST_BYTES: Final = 16
-_MAX_FOLDS: Final = 4096
+_MAX_STAYS: Final = 4096
 _HOLD_LOOK_S: Final = 0.005
 
 
@@ -60,6 +60,17 @@ class SimulatedConfig:
     wants it; empty: none does."""
 
 
+@dataclass(slots=True)
+class _Stay:
+    """How far one stay of a sequence in the pool has been read."""
+
+    blocks: Sequence[int]
+    """The table is kept: its identity cannot become another one's meanwhile."""
+    fold: Fold
+    end: int = 0
+    """Positions that are in the fold."""
+
+
 Wait = Callable[[float], object]
 """Waits for so many seconds, or less if the engine stops, which it says with something true."""
 
@@ -86,13 +97,14 @@ class SimulatedRunner:
         self._config = config
         self._wait = wait
         self._arena: Arena | None = None
+        self._memory = memoryview(b"")
         self._seed = _seed(config)
-        self._folds: OrderedDict[int, tuple[Sequence[int], int, Fold]] = OrderedDict()
+        self._stays: OrderedDict[int, _Stay] = OrderedDict()
 
     def bind(self, arena: Arena) -> None:
         if arena.block_bytes != self.layout.block_bytes:
             raise LocalError(f"blocks of {arena.block_bytes}, not {self.layout.block_bytes} bytes")
-        self._arena = arena
+        self._arena, self._memory = arena, arena.memory
 
     def step(self, chunks: Sequence[Chunk]) -> list[int | None]:
         seconds = self._duration(chunks)
@@ -115,8 +127,7 @@ class SimulatedRunner:
         return config.step_s + config.step_per_seq_s * len(chunks) + prefill_s
 
     def _run(self, chunk: Chunk) -> int | None:
-        self._write(chunk)
-        fold = self._fold(chunk)
+        fold = self._fold(chunk, self._write(chunk))
         if not chunk.sample:
             return None
         every, index = self._config.eos_every, chunk.output_index
@@ -125,41 +136,54 @@ class SimulatedRunner:
             chunk.scores.sampled = scored(fold, index, token, chunk.scores.num_top)
         return token
 
-    def _write(self, chunk: Chunk) -> None:
+    def _write(self, chunk: Chunk) -> bytes:
         """The KV of the chunk's tokens, chained with the bytes that stand before them."""
-        before = self._seed
-        if chunk.start:
-            before = bytes(next(self._pieces(chunk.blocks, chunk.start - 1, chunk.start)))
-        size, memory = self._config.kv_bytes_per_token, self._bound().memory
-        block_size, block_bytes = self.layout.block_size, self.layout.block_bytes
-        for position, token in enumerate(chunk.ids, chunk.start):
+        memory, size = self._memory, self._config.kv_bytes_per_token
+        start, blocks, before = chunk.start, chunk.blocks, self._seed
+        if start:
+            at = self._address(blocks, start - 1)
+            before = bytes(memory[at : at + size])
+        written = []
+        for token in chunk.ids:
             before = _slot(before, token, size)
-            block = chunk.blocks[position // block_size]
-            at = block * block_bytes + position % block_size * size
+            written.append(before)
+        if len(written) == 1:  # The usual case of a step.
+            at = self._address(blocks, start)
             memory[at : at + size] = before
+            return before
+        joined, at = b"".join(written), 0
+        for piece in self._pieces(blocks, start, start + len(written)):
+            piece[:] = joined[at : at + len(piece)]
+            at += len(piece)
+        return joined
 
-    def _fold(self, chunk: Chunk) -> Fold:
-        """The fold over all positions up to the end of the chunk, as the arena has them now."""
-        end = chunk.start + len(chunk.ids)
-        key = id(chunk.blocks)
-        start, fold = 0, blake2b(self._seed, digest_size=_DIGEST_BYTES)
-        known = self._folds.pop(key, None)
-        if known is not None and known[1] == chunk.start:
-            _, start, fold = known
+    def _fold(self, chunk: Chunk, written: bytes) -> Fold:
+        """The fold over all positions up to the end of the chunk, as the arena has them now. Where
+        all before the chunk were read earlier, the `written` bytes are all that is missing."""
+        stay = self._stays.get(id(chunk.blocks))
+        if stay is None or stay.end != chunk.start:
+            stay = self._begin_stay(chunk.blocks)
+        if stay.end == chunk.start and chunk.scores is None:
+            stay.fold.update(written)
+            stay.end += len(chunk.ids)
+            return stay.fold
         for position in chunk.scored:
-            self._extend(fold, chunk.blocks, start, position)
-            start = position
-            self._score(fold, chunk, position)
-        self._extend(fold, chunk.blocks, start, end)
-        # The table is kept with the fold: its identity cannot become another one's meanwhile.
-        self._folds[key] = (chunk.blocks, end, fold)
-        if len(self._folds) > _MAX_FOLDS:
-            self._folds.popitem(last=False)
-        return fold
+            self._extend(stay, position)
+            self._score(stay.fold, chunk, position)
+        self._extend(stay, chunk.start + len(chunk.ids))
+        return stay.fold
 
-    def _extend(self, fold: Fold, blocks: Sequence[int], start: int, end: int) -> None:
-        for piece in self._pieces(blocks, start, end):
-            fold.update(piece)
+    def _begin_stay(self, blocks: Sequence[int]) -> "_Stay":
+        stay = _Stay(blocks, blake2b(self._seed, digest_size=_DIGEST_BYTES))
+        self._stays[id(blocks)] = stay
+        if len(self._stays) > _MAX_STAYS:
+            self._stays.popitem(last=False)  # If it goes on, it is read from the arena once more.
+        return stay
+
+    def _extend(self, stay: "_Stay", end: int) -> None:
+        for piece in self._pieces(stay.blocks, stay.end, end):
+            stay.fold.update(piece)
+        stay.end = end
 
     def _score(self, fold: Fold, chunk: Chunk, position: int) -> None:
         """The prompt's token at `position`, by the fold over all positions before it."""
@@ -170,14 +194,18 @@ class SimulatedRunner:
 
     def _pieces(self, blocks: Sequence[int], start: int, end: int) -> Iterator[memoryview]:
         """The arena's bytes of positions `start .. end - 1`, block by block."""
-        memory, size = self._bound().memory, self._config.kv_bytes_per_token
-        block_size, block_bytes = self.layout.block_size, self.layout.block_bytes
+        memory, size = self._memory, self._config.kv_bytes_per_token
+        block_size = self.layout.block_size
         while start < end:
-            offset = start % block_size
-            count = min(block_size - offset, end - start)
-            at = blocks[start // block_size] * block_bytes + offset * size
+            count = min(block_size - start % block_size, end - start)
+            at = self._address(blocks, start)
             yield memory[at : at + count * size]
             start += count
+
+    def _address(self, blocks: Sequence[int], position: int) -> int:
+        layout = self.layout
+        block, offset = divmod(position, layout.block_size)
+        return blocks[block] * layout.block_bytes + offset * self._config.kv_bytes_per_token
 
     def _bound(self) -> Arena:
         if self._arena is None:

@@ -48,11 +48,14 @@ def draw(
     allowed: bytearray | None = None,
 ) -> int:
     """The token of output `index`: a letter, or the space that ends a word, or the end."""
-    drawn = fold.copy()
+    drawn = fold
     if sampling.temperature > 0:
-        drawn.update(sampling.seed.to_bytes(16, "little", signed=True))
-        drawn.update(index.to_bytes(8, "little"))
+        drawn = fold.copy()
+        seed = sampling.seed.to_bytes(16, "little", signed=True)
+        drawn.update(seed + index.to_bytes(8, "little"))
     number = _number(drawn)
+    if not eos_every and allowed is None:
+        return _plain(number, index)
     may_end = not sampling.ignore_eos and index >= sampling.min_tokens
     ends = eos_every and may_end and number % eos_every == 0
     token = EOS_ID if ends else _plain(number, index)

@@ -12,9 +12,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from itertools import count
 from typing import Final
+
+import msgspec
 
 from protocol.errors import ConfigError, LocalError
 from protocol.ids import JobKey
@@ -148,7 +149,9 @@ class Stepper:
         step would seem idle for ever."""
         load, delivery = self._load, self._delivery
         unseen = delivery.num_open - load.running - load.waiting if delivery is not None else 0
-        return replace(load, waiting=load.waiting + unseen) if unseen > 0 else load
+        if unseen <= 0:
+            return load
+        return msgspec.structs.replace(load, waiting=load.waiting + unseen)
 
     def stats(self) -> EngineStats:
         return self._stats

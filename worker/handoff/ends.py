@@ -3,11 +3,10 @@
 Pure values. Knows nothing of memory, threads or the transports themselves.
 """
 
-from dataclasses import dataclass
+import msgspec
 
 
-@dataclass(frozen=True, slots=True)
-class TransferEnd:
+class TransferEnd(msgspec.Struct, frozen=True):
     """The terminal state of one operation: no byte of it will be written after this."""
 
     ok: bool

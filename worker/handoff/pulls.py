@@ -3,8 +3,9 @@
 Also what makes a handle unfit for a pull before a single byte has moved.
 """
 
-from dataclasses import dataclass
 from typing import Final
+
+import msgspec
 
 from protocol.blocks import unpack_ids
 from protocol.handoff import KvHandle
@@ -13,8 +14,7 @@ from protocol.out import FailureCode
 _MAX_WORD: Final = (1 << 64) - 1
 
 
-@dataclass(frozen=True, slots=True)
-class Pull:
+class Pull(msgspec.Struct, frozen=True):
     """What is to be copied: `remote_blocks[i]` of the source into `local_blocks[i]` of ours."""
 
     handle: KvHandle
@@ -27,31 +27,27 @@ class Pull:
     """Tokens whose KV is copied: what `max_tokens_in_flight` counts."""
 
 
-@dataclass(frozen=True, slots=True)
-class PostData:
+class PostData(msgspec.Struct, frozen=True):
     """Start copying."""
 
     pull_id: int
     pull: Pull
 
 
-@dataclass(frozen=True, slots=True)
-class PostWord:
+class PostWord(msgspec.Struct, frozen=True):
     """Zero the scratch slot, then start reading the lease's word into it."""
 
     pull_id: int
     scratch_slot: int
 
 
-@dataclass(frozen=True, slots=True)
-class Ready:
+class Ready(msgspec.Struct, frozen=True):
     """The blocks hold what was lent, and are the sequence's from now on."""
 
     pull_id: int
 
 
-@dataclass(frozen=True, slots=True)
-class PullFailed:
+class PullFailed(msgspec.Struct, frozen=True):
     """Tell the router. Says nothing of the blocks."""
 
     pull_id: int
@@ -59,16 +55,14 @@ class PullFailed:
     message: str
 
 
-@dataclass(frozen=True, slots=True)
-class FreeBlocks:
+class FreeBlocks(msgspec.Struct, frozen=True):
     """Drop the quarantine's references if `Quarantine` came before, else the sequence's."""
 
     pull_id: int
     blocks: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Quarantine:
+class Quarantine(msgspec.Struct, frozen=True):
     """Turn the sequence's references into the transfer's; `FreeBlocks` follows."""
 
     pull_id: int

@@ -33,9 +33,10 @@ expiry. Everything costs O(1) for each lease and block named.
 
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Final, Protocol
+
+import msgspec
 
 from protocol.errors import LocalError
 from worker.kv.pool import BlockPool
@@ -49,8 +50,7 @@ class LeaseWords(Protocol):
     def zero(self, slot: int) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Lease:
+class Lease(msgspec.Struct, frozen=True):
     """One lease, as it was when last touched; times in seconds of the caller's clock."""
 
     handle_id: str
@@ -184,7 +184,7 @@ class Source:
             return None
         state = NEXT[LeaseState.LENT, event]
         if state is LeaseState.LENT:
-            self._lent[handle_id] = replace(lease, expires_at=now + self.lease_s)
+            self._lent[handle_id] = msgspec.structs.replace(lease, expires_at=now + self.lease_s)
             self._lent.move_to_end(handle_id)
             return lease
         self._words.zero(lease.slot)

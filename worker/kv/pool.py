@@ -44,12 +44,13 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final, Literal
 
+import msgspec
+
 from protocol.errors import LocalError
 from protocol.events import KvCleared, KvEvent, KvRemoved, KvStored
 
 
-@dataclass(frozen=True, slots=True)
-class PoolCounts:
+class PoolCounts(msgspec.Struct, frozen=True):
     """Number of blocks in each state; the sum is the pool's size."""
 
     free: int

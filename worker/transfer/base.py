@@ -8,8 +8,9 @@ thread of the transport's own, after the last byte that will ever be written.
 
 from array import array
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol
+
+import msgspec
 
 from protocol.handoff import Offer
 from worker.handoff.ends import TransferEnd as TransferEnd
@@ -22,8 +23,7 @@ class PassedOver(Exception):
     """A transport that nobody asked for by name could not start; the others go on without it."""
 
 
-@dataclass(frozen=True, slots=True)
-class PullSpec:
+class PullSpec(msgspec.Struct, frozen=True):
     """Copy `remote[i]` of the source's arena into `local[i]` of ours, for every i."""
 
     offer: Offer

@@ -55,7 +55,7 @@ def no_check() -> Sequence[Patch]:
     def data_ended(self: Sink, pull_id: int, end: TransferEnd, now: float) -> Any:
         record = self._records.get(pull_id)
         if record is not None and end.ok:
-            end = replace(end, word=record.pull.handle.ranks[0].nonce)
+            end = msgspec.structs.replace(end, word=record.pull.handle.ranks[0].nonce)
         return real(self, pull_id, end, now)
 
     return [_set(Sink, "data_ended", data_ended)]

@@ -2,10 +2,10 @@
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 from protocol.blocks import pack_ids
 from protocol.errors import LocalError

@@ -1,9 +1,9 @@
 """Pulls that wait, for room or for a sign of life: order, scratch slots, deadlines, quarantine."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
 import pytest
+from msgspec.structs import replace
 
 from tests.unit.worker.pull_world import (
     BROKEN,

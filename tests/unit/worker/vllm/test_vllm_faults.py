@@ -2,9 +2,9 @@
 
 import asyncio
 import signal
-from dataclasses import replace
 
 import pytest
+from msgspec.structs import replace
 
 from protocol.errors import ConfigError
 from protocol.sampling import Sampling

@@ -1,9 +1,8 @@
 """The engine over the stand-in: what legs ask and tell, handles, endings. Real sockets."""
 
-from dataclasses import replace
-
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 from protocol.ids import JobKey
 from protocol.out import Delta
