@@ -50,6 +50,10 @@ Post = Callable[[str, Out], None]
 
 
 class Told(Enum):
+    """What was told of an attempt."""
+
+    __hash__ = object.__hash__  # Enum's own is Python code; members are singletons.
+
     TAKEN = "taken"
     ACCEPTED = "accepted"
     WORKING = "working"
@@ -57,6 +61,10 @@ class Told(Enum):
 
 
 class Say(Enum):
+    """What may be told."""
+
+    __hash__ = object.__hash__  # Enum's own is Python code; members are singletons.
+
     ACCEPT = "accept"
     LEND = "lend"
     BEGIN = "begin"

@@ -37,6 +37,7 @@ from worker.handoff.pulls import Quarantine as Quarantine
 from worker.handoff.pulls import Ready as Ready
 from worker.handoff.pulls import mismatch
 from worker.handoff.states import (
+    CHANGES,
     COUNTED_AS,
     FAILURES,
     FENCED,
@@ -253,10 +254,10 @@ class Sink:
         self, record: _Record, event: PullEvent, after: PullState, reason: str, now: float
     ) -> list[Command]:
         before, record.state = record.state, after
-        kept = (HOLDS[before] & HOLDS[after]) - {Held.DEADLINE}
-        for held in HOLDS[before] - kept:
+        given_back, taken = CHANGES[before, after]
+        for held in given_back:
             self._give_back(record, held, now)
-        for held in HOLDS[after] - kept:
+        for held in taken:
             self._take(record, held, now)
         if not HOLDS[after]:
             del self._records[record.pull_id]

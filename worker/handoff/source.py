@@ -62,6 +62,8 @@ class Lease(msgspec.Struct, frozen=True):
 
 
 class LeaseState(Enum):
+    __hash__ = object.__hash__  # Enum's own is Python code; members are singletons.
+
     LENT = "lent"
     RELEASED = "released"
     REVOKED = "revoked"
@@ -69,6 +71,8 @@ class LeaseState(Enum):
 
 
 class LeaseEvent(Enum):
+    __hash__ = object.__hash__  # Enum's own is Python code; members are singletons.
+
     RENEW = "renew"
     RELEASE = "release"
     REVOKE = "revoke"

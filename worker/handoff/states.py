@@ -34,6 +34,10 @@ from protocol.out import FailureCode
 
 
 class PullState(Enum):
+    """Where a pull is."""
+
+    __hash__ = object.__hash__  # Enum's own is Python code; members are singletons.
+
     WAITING = "waiting"
     PULLING = "pulling"
     CHECKING = "checking"
@@ -45,6 +49,10 @@ class PullState(Enum):
 
 
 class PullEvent(Enum):
+    """What moves it."""
+
+    __hash__ = object.__hash__  # Enum's own is Python code; members are singletons.
+
     START = "start"
     DATA_CAME = "data came"
     DATA_RIGHT = "data came, word right"
@@ -120,6 +128,10 @@ NEXT: Final = (
 
 
 class Held(Enum):
+    """What it may hold."""
+
+    __hash__ = object.__hash__  # Enum's own is Python code; members are singletons.
+
     QUEUE = "a place in the queue"
     TOKENS = "its share of the tokens in flight"
     SLOT = "a scratch slot"
@@ -137,6 +149,15 @@ HOLDS: Final[dict[PullState, frozenset[Held]]] = {
     PullState.FAILED: frozenset(),
     PullState.FREED: frozenset(),
 }
+
+CHANGES: Final = {
+    (before, after): (
+        HOLDS[before] - (HOLDS[after] - {Held.DEADLINE}),
+        HOLDS[after] - (HOLDS[before] - {Held.DEADLINE}),
+    )
+    for (before, _), after in NEXT.items()
+}
+"""What a move gives back, and what it takes: also a deadline that goes on, since it restarts."""
 
 FAILURES: Final[dict[PullEvent, FailureCode]] = {
     PullEvent.DATA_WRONG: "lease_lost",

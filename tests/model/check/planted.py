@@ -4,7 +4,7 @@ Every one is something that an implementation of this hand-off has done, or coul
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from msgspec.structs import replace
 from typing import Any
 from unittest import mock
 
