@@ -4,7 +4,6 @@ Every one is something that an implementation of this hand-off has done, or coul
 """
 
 from collections.abc import Callable, Sequence
-from msgspec.structs import replace
 from typing import Any
 from unittest import mock
 
@@ -250,7 +249,7 @@ def handles_mixed_up() -> Sequence[Patch]:
                 for lent in worker.handles.values()
                 if lent.choice.id != command.choice
             ]
-            command = replace(command, handle=(others or [handle])[0])
+            command = msgspec.structs.replace(command, handle=(others or [handle])[0])
         real(self, command, now)
 
     return [_set(Dispatch, "_start", start)]
