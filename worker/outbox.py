@@ -204,7 +204,10 @@ class Outbox:
             if record.state is not Told.WORKING and not record.move(Say.TOKENS):
                 continue
             record.deltas.append(delta)
-            frames.setdefault(key.router, []).append(delta)
+            frame = frames.get(key.router)
+            if frame is None:
+                frame = frames[key.router] = []
+            frame.append(delta)
             if delta.finish:
                 self._ending(key, now)
         for router, frame in frames.items():

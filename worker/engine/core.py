@@ -46,7 +46,7 @@ _log: Final = logging.getLogger("baton.engine")
 
 
 class EngineCore:
-    """One engine's state. Every method is called by the engine's thread."""
+    """One engine's state. Every method but `stats` is called by the engine's thread."""
 
     def __init__(
         self,
@@ -181,6 +181,8 @@ class EngineCore:
         )
 
     def stats(self) -> EngineStats:
+        """From any thread, so that no turn makes what is seldom asked for: numbers, and copies that
+        the interpreter makes without a break."""
         return EngineStats(
             leases_ended=self._lender.ended,
             transfers=dict(self._puller.counts.results),

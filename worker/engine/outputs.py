@@ -7,8 +7,9 @@ dropped on the loop, so that nothing is heard of a key after `cancel`. It knows 
 import asyncio
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Final
+
+import msgspec
 
 from protocol.blocks import HASH_BYTES
 from protocol.events import KvCleared, KvEvent, KvRemoved, KvStored
@@ -21,22 +22,22 @@ _log: Final = logging.getLogger("baton.worker")
 Say = Callable[[Outlet], None]
 
 
-@dataclass(slots=True)
-class TurnOutputs:
+class TurnOutputs(msgspec.Struct):
     """Filled by the engine's thread, then handed over and never touched again."""
 
-    taken: dict[JobKey, int] = field(default_factory=dict)
+    taken: dict[JobKey, int] = {}
     """Attempts that were taken in this turn and have no other output in it; with their serials."""
-    notes: list[tuple[JobKey, int, bool, Say]] = field(default_factory=list)
+    notes: list[tuple[JobKey, int, bool, Say]] = []
     """Attempt, serial, whether it ends here, and what to say."""
-    deltas: list[tuple[JobKey, int, Delta]] = field(default_factory=list)
+    deltas: list[tuple[JobKey, int, Delta]] = []
     first_event: int = 0
-    events: list[KvEvent] = field(default_factory=list)
-    drained: list[asyncio.Event] = field(default_factory=list)
+    events: list[KvEvent] = []
+    drained: list[asyncio.Event] = []
     unhealthy: str = ""
 
     def note(self, key: JobKey, serial: int, say: Say, *, ends: bool = False) -> None:
-        self.taken.pop(key, None)
+        if self.taken:
+            self.taken.pop(key, None)
         self.notes.append((key, serial, ends, say))
 
     def delta(self, key: JobKey, serial: int, delta: Delta) -> None:

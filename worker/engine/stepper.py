@@ -91,10 +91,10 @@ class Stepper:
         self._serials = count(1)
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._core: EngineCore | None = None
         self._delivery: OutputDelivery | None = None
         self._grammars: GrammarDesk | None = None
         self._load = Load(0, 0, arena.num_blocks, arena.num_blocks, 0, 0, 0, 0)
-        self._stats = EngineStats()
 
     async def start(self, outlet: Outlet) -> EngineInfo:
         """Register the memory with the transports and start the thread. Raises ConfigError."""
@@ -110,7 +110,7 @@ class Stepper:
         self._grammars = GrammarDesk(grammars, self._post)
         await asyncio.to_thread(self._start_memory)
         limits = self._limits()
-        core = self._build_core(tokenizer, limits, self._grammars)
+        core = self._core = self._build_core(tokenizer, limits, self._grammars)
         self._load = core.load()
         self._loop = asyncio.get_running_loop()
         self._delivery = OutputDelivery(outlet)
@@ -154,7 +154,7 @@ class Stepper:
         return msgspec.structs.replace(load, waiting=load.waiting + unseen)
 
     def stats(self) -> EngineStats:
-        return self._stats
+        return EngineStats() if self._core is None else self._core.stats()
 
     def kv_snapshot(self) -> Snapshot:
         return self._started().snapshot()
@@ -302,7 +302,6 @@ class Stepper:
             core.handle(self._inbox.popleft(), now)
         more = core.turn(now)
         self._load = core.load()
-        self._stats = core.stats()
         self._send(delivery, core.take_outputs())
         return more
 

@@ -229,6 +229,8 @@ class BlockPool:
     def take_events(self) -> list[KvEvent]:
         """What the cache gained and lost since the last call, net: at most one event of a kind,
         to be applied in their order. Bounded by the pool, however seldom it is called."""
+        if not self._unreported and not self._cleared:
+            return []  # After most turns.
         events: list[KvEvent] = [KvCleared()] if self._cleared else []
         removed = b"".join(digest for digest, stored in self._unreported.items() if not stored)
         stored = b"".join(digest for digest, stored in self._unreported.items() if stored)
