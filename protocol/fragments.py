@@ -12,8 +12,10 @@ the group has one member; everywhere else it is counted as lost.
 import re
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Final
+
+import msgspec
 
 from protocol.bus import Message
 from protocol.errors import LocalError
@@ -166,4 +168,6 @@ def _whole(join: _Join) -> Message | None:
     if join.first is None:
         return None
     headers = {k: v for k, v in (join.first.headers or {}).items() if k != PART_HEADER}
-    return replace(join.first, payload=b"".join(join.parts), headers=headers or None)
+    return msgspec.structs.replace(
+        join.first, payload=b"".join(join.parts), headers=headers or None
+    )
