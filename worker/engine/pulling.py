@@ -321,7 +321,7 @@ class Puller:
             on_end(TransferEnd(ok=False, reason=f"refused: {error}"))
 
     def _on_end(self, pull_id: int, is_word: bool, end: TransferEnd) -> None:
-        """Called in the transport's thread."""
+        """Called in the transport's thread, or in ours."""
         self._post(OperationEnded(pull_id, is_word, end))
 
     def _quarantine(self, pulling: _Pulling, blocks: Sequence[int]) -> list[PullOutcome]:

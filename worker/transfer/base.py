@@ -2,8 +2,9 @@
 
 Both operations are started by the owner of the destination. None of them can be cancelled: until
 `on_end` was called, the transport may write into the local blocks (or the scratch word), whatever
-the caller has decided in the meantime. `on_end` is called exactly once for each operation, from a
-thread of the transport's own, after the last byte that will ever be written.
+the caller has decided in the meantime. `on_end` is called exactly once for each operation, after
+the last byte that will ever be written: from a thread of the transport's own, or before the call
+that starts the operation returns.
 """
 
 from array import array

@@ -1,9 +1,9 @@
 """The `shm` transport: copies straight out of the arena of another process on the same host.
 
 One-sided: the source does nothing, so a frozen source can be pulled from. The lease word is read
-after the data by a separate operation; plain loads keep that order on x86-64 only, so offers of
-other machines are refused. A source that died during a pull does no harm: its memory lives as long
-as it is mapped and cannot change any more.
+after the data by a separate operation, in the thread that asks; plain loads keep that order on
+x86-64 only, so offers of other machines are refused. A source that died during a pull does no harm:
+its memory lives as long as it is mapped and cannot change any more.
 """
 
 import ctypes
@@ -98,10 +98,17 @@ class ShmTransfer:
         return ""
 
     def pull(self, spec: PullSpec, on_end: OnEnd) -> Operation:
-        return self._submit(spec, on_end, None)
+        with self._submit_lock:
+            operation = self._begin(spec, on_end, None)
+            self._queue.put(operation)
+        return operation
 
     def read_word(self, spec: PullSpec, scratch_slot: int, on_end: OnEnd) -> None:
-        self._submit(spec, on_end, scratch_slot)
+        """At once, in the caller's thread: one load costs less than waking another thread. Whoever
+        asks has heard of the pull's end, so the order holds."""
+        with self._submit_lock:
+            operation = self._begin(spec, on_end, scratch_slot)
+        self._perform(operation)
 
     def num_live(self) -> int:
         return self._live.value
@@ -119,13 +126,10 @@ class ShmTransfer:
         self._maps.clear()
         return self._live.value == 0
 
-    def _submit(self, spec: PullSpec, on_end: OnEnd, scratch_slot: int | None) -> Operation:
-        with self._submit_lock:
-            if not self._threads or self._stopping.is_set():
-                raise LocalError("shm is not running")
-            operation = Operation(spec, on_end, self._live, scratch_slot=scratch_slot)
-            self._queue.put(operation)
-        return operation
+    def _begin(self, spec: PullSpec, on_end: OnEnd, scratch_slot: int | None) -> Operation:
+        if not self._threads or self._stopping.is_set():
+            raise LocalError("shm is not running")
+        return Operation(spec, on_end, self._live, scratch_slot=scratch_slot)
 
     def _run(self) -> None:
         swept_at = time.monotonic()
