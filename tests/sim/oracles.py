@@ -251,7 +251,7 @@ def _rest_of_router(fleet: "Fleet", router: "SimRouter") -> list[str]:
         "handles": sum(len(worker.handles) for worker in tables.fleet.workers.values()),
         "queued": dispatch.scheduler.num_queued,
         "claims": len(tables.claims),
-        "mail": len(dispatch._mailer),
+        "mail": len(dispatch._jobs._mailer),
         "events": len(dispatch._pending),
         "requests": len(router.bus._requests._open),
     }
