@@ -88,6 +88,8 @@ class Roster:
 
     def plan(self, *, max_step_tokens: int) -> list[Planned]:
         """What runs in this step, with blocks for all of it; preempts where they do not suffice."""
+        if not self.running:
+            return []
         candidates = list(self.running)
         size = self._block_size
         counts = plan_step(

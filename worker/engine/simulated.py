@@ -147,7 +147,7 @@ class SimulatedRunner:
         for token in chunk.ids:
             before = _slot(before, token, size)
             written.append(before)
-        if len(written) == 1:  # The usual case of a step.
+        if len(written) == 1:  # A step of a decode.
             at = self._address(blocks, start)
             memory[at : at + size] = before
             return before
