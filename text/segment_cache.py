@@ -6,13 +6,14 @@ knows a tokenizer by its JSON and by a function that encodes a list of texts.
 """
 
 import re
+import sys
 import threading
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
-MAX_BYTES = 32 * 1024 * 1024
+MAX_BYTES = 8 * 1024 * 1024
 MAX_SEGMENT_CHARS = 262_144
 _ENTRY_BYTES = 300
 _SAFE_PRE_TOKENIZERS = {"Split", "Digits", "Punctuation", "Whitespace", "WhitespaceSplit"}
@@ -128,5 +129,4 @@ class SegmentCache:
 
 
 def _cost(segment: str, ids: "array[int]") -> int:
-    # up to four bytes a character, depending on the widest one
-    return _ENTRY_BYTES + 4 * len(segment) + 4 * len(ids)
+    return _ENTRY_BYTES + sys.getsizeof(segment) + 4 * len(ids)
