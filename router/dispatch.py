@@ -1,6 +1,6 @@
 """The driver: feeds the scheduler, runs its commands, and moves deltas to their streams.
 
-Everything happens in callbacks on the loop. A token's whole way is `_on_out` -> `_deliver` -> the
+Everything happens in callbacks on the loop. A token's whole way is `on_out` -> the inbox -> the
 choice's sink -> the socket: no task wakes, nothing is parsed twice. The scheduler hears of legs,
 never of tokens. Nothing here decides; what is late finds no attempt and changes nothing.
 """
@@ -82,6 +82,7 @@ class Dispatch:
         self._pending: deque[ev.Event] = deque()
         self._handling = False
         self._is_reading = False
+        self._has_news = False
         self._timer: asyncio.TimerHandle | None = None
         self._lost_timer: asyncio.TimerHandle | None = None
         self._tasks: asyncio.TaskGroup | None = None
@@ -106,7 +107,7 @@ class Dispatch:
         self._bus.on_event(self._on_bus_event)
         if not self._bus.connected:
             self.feed(ev.BusDown())
-        await self._bus.subscribe(self._subjects.out_all(self.router_id), self._on_out)
+        await self._bus.subscribe(self._subjects.out_all(self.router_id), self.on_out)
         tasks.create_task(self._beat(), name="beats")
 
     async def _beat(self) -> None:
@@ -197,17 +198,22 @@ class Dispatch:
                 self._handle(self._pending.popleft())
         finally:
             self._handling = False
-        if not self._is_reading:
+        if self._is_reading:
+            self._has_news = True
+        else:
             self._arm()
 
-    def _on_out(self, message: Message) -> None:
-        """What a worker says, often of many choices: the timer is looked at when all is taken."""
+    def on_out(self, message: Message) -> None:
+        """What a worker says, often of many choices: the timer is looked at when all is taken, and
+        not at all where it was tokens alone."""
         self._is_reading = True
         try:
             self.inbox.on_out(message)
         finally:
             self._is_reading = False
-            self._arm()
+            if self._has_news:
+                self._has_news = False
+                self._arm()
 
     def _handle(self, event: ev.Event) -> None:
         """A defect met by one event or command is logged, and the others get their turn."""

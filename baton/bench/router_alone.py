@@ -185,7 +185,7 @@ class RouterAlone:
         return self._workers.heard()
 
     def hear(self, message: Message) -> None:
-        self._dispatch.inbox.on_out(message)
+        self._dispatch.on_out(message)
 
 
 def _no_stall() -> None:

@@ -72,6 +72,7 @@ SKIPPED: Final[dict[str, frozenset[str]]] = {
     }),
     "Front": frozenset({
         "postbox", "_metrics", "_subjects", "_jobs", "_pending", "_handling", "_is_reading",
+        "_has_news",
     }),
     "Desk": frozenset({
         "_subjects", "num_bad", "postbox", "_mailer", "telemetry", "_bus", "_role", "_worker",

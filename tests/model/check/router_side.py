@@ -112,7 +112,7 @@ class Front(Dispatch):
         self._pending = process.pending
         self._handling = False
         self._tasks = None
-        self._is_reading = False
+        self._is_reading = self._has_news = False
         self._jobs = Mail(self._subjects)
         self.postbox = self._jobs.postbox
         self.dispatches: dict[str, int] = {}
