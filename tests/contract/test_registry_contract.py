@@ -43,8 +43,8 @@ async def watching(plant: Plant) -> Record:
     return record
 
 
-async def registered(plant: Plant, info: WorkerInfo) -> Registration:
-    return await plant.registry().register(info, ttl_s=plant.ttl_s, is_alive=dead)
+async def registered(plant: Plant, info: WorkerInfo, *, leases: float = 1) -> Registration:
+    return await plant.registry().register(info, ttl_s=leases * plant.ttl_s, is_alive=dead)
 
 
 def is_lost(registration: Registration) -> bool:
@@ -191,17 +191,17 @@ async def test_cancelled_registration_leaves_no_key(plant: Plant) -> None:
 
 async def test_restart_harms_nobody(plant: Plant) -> None:
     record = await watching(plant)
-    registration = await registered(plant, worker())
+    registration = await registered(plant, worker(), leases=1.5)
     await record.joined(worker())
     await plant.kill()
     await record.stale(plant.stale_s)
-    await asyncio.sleep(plant.ttl_s * 1.2)
+    await asyncio.sleep(plant.ttl_s * 1.5 + 0.1)
     assert is_lost(registration)
     await plant.start()
     await record.synced()
     await registered(plant, worker("late"))
     await record.joined(worker("late"))
-    await asyncio.sleep(plant.ttl_s)
+    await asyncio.sleep(plant.ttl_s * 1.5)
     assert not registration.lost
     assert record.changes == [Joined(worker()), Joined(worker("late"))]
 
@@ -330,8 +330,9 @@ async def test_update_and_close_return_soon_while_the_server_is_away(
 
 
 async def test_update_during_an_absence_follows_by_itself(plant: Plant) -> None:
+    """The lease is long: however slow the machine is, it does not end before the update is in."""
     record = await watching(plant)
-    registration = await registered(plant, worker())
+    registration = await registered(plant, worker(), leases=10)
     await record.joined(worker())
     await plant.kill()
     async with asyncio.TaskGroup() as group:

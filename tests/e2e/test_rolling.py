@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -23,7 +23,15 @@ from router.main import WARM_S
 from tests.e2e.fleet import Fleet, Process, environment, is_alive
 from tests.e2e.parents import children, said, started
 from tests.e2e.rolling_load import under_load
-from tests.e2e.streams import asks, check_exact, completion, start_streams, until_flowing
+from tests.e2e.streams import (
+    Ask,
+    Stream,
+    asks,
+    check_exact,
+    completion,
+    start_streams,
+    until_flowing,
+)
 
 pytestmark = [pytest.mark.xdist_group("rolling"), pytest.mark.timeout(90)]
 
@@ -169,8 +177,7 @@ def leaves(kept: Kept) -> bool:
 def test_a_child_that_dies_is_replaced_and_the_other_serves(fleet: Fleet) -> None:
     parent = fleet.process("router")
     victim, other = children(parent)
-    running = start_streams(fleet, asks(16, 300, kind="dies"))
-    until_flowing(running)
+    running = streams_of_both(fleet, asks(64, 450, kind="dies"))
     check_one_answers_for_all(fleet, [stream.told_id for stream in running])
     os.kill(victim, signal.SIGKILL)
     status, _ = completion(fleet, asks(1, 10, kind="after")[0])
@@ -178,7 +185,7 @@ def test_a_child_that_dies_is_replaced_and_the_other_serves(fleet: Fleet) -> Non
     for stream in running:
         stream.ended()
     whole = [stream for stream in running if not stream.problem()]
-    assert 0 < len(whole) < 16, "each router had some"
+    assert 0 < len(whole) < len(running), "each router had some"
     fleet.until(lambda: len(children(parent)) == 2, what="another one")
     assert other in children(parent)
     ready = num_ready(parent)
@@ -187,16 +194,29 @@ def test_a_child_that_dies_is_replaced_and_the_other_serves(fleet: Fleet) -> Non
     fleet.until_idle(timeout_s=20.0)
 
 
+def streams_of_both(fleet: Fleet, wanted: Sequence[Ask]) -> list[Stream]:
+    """16 streams; more if none of them came to one of the two routers: whoever wakes up first takes
+    what waits at the socket."""
+    running: list[Stream] = []
+    for at in range(0, len(wanted), 16):
+        running += start_streams(fleet, wanted[at : at + 16])
+        until_flowing(running)
+        info = json.loads(fleet.get("/cluster_info")[1])
+        if len(info["routers"]) == 2 and all(one["inflight"] for one in info["routers"]):
+            break
+    return running
+
+
 def check_one_answers_for_all(fleet: Fleet, requests: list[str]) -> None:
-    """16 streams run, some at each of two routers; whichever is asked knows of all."""
+    """These run, some at each of two routers; whichever is asked knows of all."""
     for _ in range(4):
         info = json.loads(fleet.get("/cluster_info")[1])
-        assert info["inflight"] == 16
+        assert info["inflight"] == len(requests)
         assert sorted(one["inflight"] for one in info["routers"])[0] > 0
         text = fleet.get("/metrics")[1].decode()
         families = {one.name: one for one in text_string_to_metric_families(text)}
         streams = families["baton_inflight_choices"].samples
-        assert sum(sample.value for sample in streams) == 16
+        assert sum(sample.value for sample in streams) == len(requests)
         assert {sample.labels["router"] for sample in streams} == {
             one["router"] for one in info["routers"]
         }
