@@ -1,12 +1,15 @@
 """The floor: a uvloop server that answers chat requests from a constant, and nothing else.
 
-    python -m baton.bench.canned STEP_MS
+    python -m baton.bench.canned STEP_MS GROUPS
 
-It prints its port. A stream gets one chunk each `STEP_MS`, all streams in the same turn of the
-loop; with 0 everything at once. Nothing is parsed but the length, `max_tokens` and `stream`.
+It prints its port. A stream gets one chunk each `STEP_MS`; with 0 everything at once. Streams
+belong to groups in turn: those of one are written in one turn of the loop, as those of one decode
+worker are, and the groups' steps lie evenly apart. Nothing is parsed but the length, `max_tokens`
+and `stream`.
 """
 
 import asyncio
+import itertools
 import re
 import sys
 from collections.abc import AsyncIterator
@@ -37,11 +40,15 @@ _WHOLE: Final = (
 )
 
 
+Group = dict[asyncio.Transport, int]
+"""Streams and how many chunks each still gets."""
+
+
 class Canned(asyncio.Protocol):
     """One connection."""
 
-    def __init__(self, streams: "dict[asyncio.Transport, int]", step_s: float) -> None:
-        self._streams = streams
+    def __init__(self, group: Group, step_s: float) -> None:
+        self._streams = group
         self._step_s = step_s
         self._buffer = b""
 
@@ -69,30 +76,35 @@ class Canned(asyncio.Protocol):
             self._transport.write(_HEAD + _CHUNK * count + _END)
 
 
-async def serve(step_s: float) -> None:
+async def serve(step_s: float, num_groups: int) -> None:
     """Until killed."""
     loop = asyncio.get_running_loop()
-    streams: dict[asyncio.Transport, int] = {}
-    server = await loop.create_server(lambda: Canned(streams, step_s), "127.0.0.1", 0)
+    groups: list[Group] = [{} for _ in range(num_groups)]
+    turn = itertools.cycle(groups)
+    server = await loop.create_server(lambda: Canned(next(turn), step_s), "127.0.0.1", 0)
     print(server.sockets[0].getsockname()[1], flush=True)
     due = loop.time()
-    while True:
-        due += step_s or 60.0
+    for group in itertools.cycle(groups):
+        due += (step_s or 60.0) / num_groups
         await asyncio.sleep(max(0.0, due - loop.time()))
-        for transport, left in list(streams.items()):
-            if left > 0:
-                transport.write(_CHUNK)
-                streams[transport] = left - 1
-            else:
-                transport.write(_END)
-                del streams[transport]
+        _step(group)
+
+
+def _step(group: Group) -> None:
+    for transport, left in list(group.items()):
+        if left > 0:
+            transport.write(_CHUNK)
+            group[transport] = left - 1
+        else:
+            transport.write(_END)
+            del group[transport]
 
 
 @asynccontextmanager
-async def floor(step_ms: float) -> AsyncIterator[tuple[int, Process]]:
+async def floor(step_ms: float, *, groups: int = 1) -> AsyncIterator[tuple[int, Process]]:
     """The server as a process of its own: its port, and what it uses."""
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "baton.bench.canned", f"{step_ms}"),
+        *(sys.executable, "-m", "baton.bench.canned", f"{step_ms}", f"{groups}"),
         stdout=asyncio.subprocess.PIPE,
         start_new_session=True,
     )
@@ -106,4 +118,4 @@ async def floor(step_ms: float) -> AsyncIterator[tuple[int, Process]]:
 
 
 if __name__ == "__main__":
-    uvloop.run(serve(float(sys.argv[1]) / 1e3))
+    uvloop.run(serve(float(sys.argv[1]) / 1e3, int(sys.argv[2])))

@@ -1,7 +1,8 @@
 """`baton bench tokens`: what a paced streamed token costs each process.
 
 Streams that get one token a step, from decode workers whose steps do not coincide; the floor is a
-server that writes a constant at the same pace to the same client, in the same round.
+server that writes a constant at the same pace to the same client, in the same round and in as many
+groups as there are decode workers.
 """
 
 import argparse
@@ -54,7 +55,7 @@ async def measure(args: argparse.Namespace, stop: asyncio.Event, rows: list[Row]
     workers += f", and {args.long} tokens each second" if args.long else ""
     long = chat(text_of(args.long), 1, stream=False) if args.long else b""
     rows.extend(Row(f"{count} streams{workers}") for count in counts)
-    async with running(shape) as fleet, floor(args.step_ms) as (port, process):
+    async with running(shape) as fleet, floor(args.step_ms, groups=args.decode) as (port, process):
         await closed_loop(fleet.port, [chat("warm up", 2, stream=True)] * 32, 8)
         for number in range(args.rounds):
             for count, row in zip(counts, rows, strict=True):
