@@ -55,9 +55,11 @@ ifeq ($(shell uname -s),Linux)
 endif
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.torch $(VENV)/.nixl $(VENV)/.ucx
-	$(PIP) install -q -c constraints.txt -e '.[local,torch,vllm,dev]'
-	@touch $@
+# Everything in one go, which is every layer at once; torch first, or NIXL would bring CUDA's.
+$(VENV)/.dev: $(VENV)/.created pyproject.toml constraints.txt
+	$(PIP) install -q -c constraints.txt torch==2.13.0
+	$(PIP) install -q -c constraints.txt -e '.[local,torch,nixl,ucx,vllm,dev]'
+	@touch $(addprefix $(VENV)/,.base .torch .nixl .ucx) $@
 
 ENV_torch := $(VENV)/.torch
 ENV_simulated := $(VENV)/.base

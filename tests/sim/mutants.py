@@ -133,12 +133,12 @@ MUTANTS: Final[dict[str, Mutant]] = {
 
 FOUND_BY: Final[dict[str, int]] = {
     "no lease check": 2,
-    "no fence": 9,
-    "release skipped": 0,
+    "no fence": 14,
+    "release skipped": 2,
     "resume off by one": 1,
     "gap overlooked": 3,
     "replay lost": 138,
-    "excluded again": 23,
+    "excluded again": 208,
     "deadline not re-armed": 30,
     "stall not noticed": 1,
     "leases do not expire": 26,
