@@ -10,12 +10,12 @@ import asyncio
 import re
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from typing import Final, cast
 
 import uvloop
 
-from baton.bench.fleet import Process
+from baton.bench.fleet import Process, serving
 
 _LENGTH: Final = re.compile(rb"content-length: *(\d+)", re.IGNORECASE)
 _TOKENS: Final = re.compile(rb'"max_tokens":(\d+)')
@@ -91,18 +91,8 @@ async def serve(step_s: float) -> None:
 @asynccontextmanager
 async def floor(step_ms: float) -> AsyncIterator[tuple[int, Process]]:
     """The server as a process of its own: its port, and what it uses."""
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "baton.bench.canned", f"{step_ms}"),
-        stdout=asyncio.subprocess.PIPE,
-        start_new_session=True,
-    )
-    assert process.stdout is not None
-    try:
-        yield int(await process.stdout.readline()), Process(process.pid)
-    finally:
-        with suppress(ProcessLookupError):
-            process.kill()
-        await process.wait()
+    async with serving("canned", step_ms) as (port, pid):
+        yield port, Process(pid)
 
 
 if __name__ == "__main__":
