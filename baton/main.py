@@ -85,7 +85,8 @@ def _add_up(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="ROLE.NAME=VALUE",
         help="a setting for router or workers, e.g. router.stall_timeout_ms=3000, "
-        "prefill.max_running=4, worker.lease_ms=3000 (all workers); repeatable",
+        "prefill.max_running=4, decode-1.max_running=2 (one worker), worker.lease_ms=3000 (all "
+        "workers); repeatable",
     )
 
 

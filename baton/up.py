@@ -15,7 +15,7 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -45,7 +45,7 @@ class UpOptions:
     log_format: str
     counts: dict[str, int]
     settings: tuple[tuple[str, str, str], ...] = ()
-    """(role, name, value) triples of `--set`."""
+    """(role or worker, name, value) triples of `--set`."""
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> "UpOptions":
@@ -71,15 +71,21 @@ class UpOptions:
             log_level=args.log_level,
             log_format=args.log_format,
             counts=counts,
-            settings=tuple(_setting(text) for text in args.set),
+            settings=tuple(_setting(text, [*_ROLES, *_names(counts)]) for text in args.set),
         )
 
 
-def _setting(text: str) -> tuple[str, str, str]:
+def _names(counts: Mapping[str, int]) -> list[str]:
+    return [f"{role}-{i}" for role, count in counts.items() for i in range(count)]
+
+
+def _setting(text: str, known: Sequence[str]) -> tuple[str, str, str]:
     path, equals, value = text.partition("=")
     role, dot, name = path.partition(".")
-    if not equals or not dot or role not in _ROLES:
-        raise ConfigError(f"--set {text!r}: expected ROLE.NAME=VALUE, ROLE one of {_ROLES}")
+    if not equals or not dot or role not in known:
+        raise ConfigError(
+            f"--set {text!r}: expected ROLE.NAME=VALUE, ROLE one of {', '.join(known)}"
+        )
     return role, name.replace("-", "_"), value
 
 
@@ -192,7 +198,8 @@ class _Fleet:
         if options.engine == "torch":  # workers that fight for the same cores crawl
             total = sum(options.counts.values())
             flags.append(f"--threads={max(1, (os.cpu_count() or 1) // total)}")
-        return [*self._common("worker"), *flags, *self._extra("worker"), *self._extra(role)]
+        extra = [*self._extra("worker"), *self._extra(role), *self._extra(name)]
+        return [*self._common("worker"), *flags, *extra]
 
     def _extra(self, role: str) -> list[str]:
         return [

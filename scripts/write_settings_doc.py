@@ -24,7 +24,8 @@ What each deadline does is in [deadlines.md](deadlines.md), what moves KV and wh
 TensorRT-LLM a worker's file may have in [transfers.md](transfers.md).
 
 `baton up` passes settings on: `--set router.stall_timeout_ms=3000`, `--set worker.lease_ms=3000`
-(all workers), `--set decode.max_running=8` (those of one role).
+(all workers), `--set decode.max_running=8` (those of one role), `--set decode-1.max_running=8`
+(one worker).
 
 This page is generated: `python scripts/write_settings_doc.py`.
 """

@@ -13,12 +13,12 @@ import itertools
 import re
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from typing import Final, cast
 
 import uvloop
 
-from baton.bench.fleet import Process
+from baton.bench.fleet import Process, serving
 
 _LENGTH: Final = re.compile(rb"content-length: *(\d+)", re.IGNORECASE)
 _TOKENS: Final = re.compile(rb'"max_tokens":(\d+)')
@@ -103,18 +103,8 @@ def _step(group: Group) -> None:
 @asynccontextmanager
 async def floor(step_ms: float, *, groups: int = 1) -> AsyncIterator[tuple[int, Process]]:
     """The server as a process of its own: its port, and what it uses."""
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "baton.bench.canned", f"{step_ms}", f"{groups}"),
-        stdout=asyncio.subprocess.PIPE,
-        start_new_session=True,
-    )
-    assert process.stdout is not None
-    try:
-        yield int(await process.stdout.readline()), Process(process.pid)
-    finally:
-        with suppress(ProcessLookupError):
-            process.kill()
-        await process.wait()
+    async with serving("canned", step_ms, groups) as (port, pid):
+        yield port, Process(pid)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import NamedTuple
 
 from baton.bench import engine, latency, paths, requests, scheduler, tokens, transfer
+from baton.bench.fleet import MOCK
 from baton.bench.report import Row, check_json, document, table, until_stopped, write_json
 from protocol.errors import ConfigError
 
@@ -63,6 +64,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_fleet(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--engine",
+        choices=["simulated", "openai"],
+        default="simulated",
+        help="simulated: Baton's own, in its workers; openai: a plain mock OpenAI server beside "
+        "each worker, driven as vLLM would be: what proxies are measured in front of",
+    )
     parser.add_argument("--prefill", type=int, default=1, metavar="N", help="prefill workers")
     parser.add_argument("--decode", type=int, default=1, metavar="N", help="decode workers")
     parser.add_argument(
@@ -80,7 +88,10 @@ async def run_bench(args: argparse.Namespace, stop: asyncio.Event) -> int:
     _check(args)
     rows: list[Row] = []
     stopped = await until_stopped(kind.measure(args, stop, rows), stop)
-    print(table(kind.title, rows, kind.columns))
+    columns = dict(kind.columns)
+    if getattr(args, "engine", "") != "openai":
+        columns.pop(MOCK, None)
+    print(table(kind.title, rows, columns))
     if args.json:
         write_json(args.json, document(args.what, rows))
     return 130 if stopped else 0

@@ -1,9 +1,12 @@
-"""A fleet of real processes with simulated engines, and what each kind of process has used.
+"""A fleet of real processes without a model, and what each kind of process has used.
+
+Its workers have simulated engines, or each drives a mock OpenAI server as it would drive vLLM.
 
 CPU is the scheduler's own count in nanoseconds, over all threads; a router's children count as the
 router. Memory is the resident set.
 """
 
+import argparse
 import asyncio
 import json
 import os
@@ -11,10 +14,10 @@ import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 from baton.demo import DEMO_MODEL, demo_model_folder
 from protocol.errors import ConfigError
@@ -22,11 +25,15 @@ from protocol.errors import ConfigError
 _START_TIMEOUT_S: Final = 60.0
 ROLES: Final = ("router", "nats", "prefill", "decode")
 """What serves; etcd is not asked while requests run."""
+MOCK: Final = "mock"
+"""The role of mock OpenAI servers, where there are any."""
 OTHER_COLUMNS: Final = {
     "nats": "nats-server",
     "prefill": "prefill",
     "decode": "decode",
     "service": "of these the loops",
+    MOCK: "mock servers",
+    "total": "total",
 }
 """What is shown of `Used` beside the router, figure -> heading."""
 
@@ -35,8 +42,9 @@ OTHER_COLUMNS: Final = {
 class Shape:
     """What to start."""
 
+    engine: Literal["simulated", "openai"] = "simulated"
     step_ms: float = 0.0
-    """Of the simulated engine; 0: no time."""
+    """Of the engine or the mock server; 0: no time."""
     prefill: int = 1
     decode: int = 1
     processes: int = 0
@@ -44,7 +52,19 @@ class Shape:
     settings: Mapping[str, str] = field(default_factory=dict)
     """`ROLE.NAME` -> value, as `baton up --set` takes them."""
 
-    def command(self, state: Path) -> list[str]:
+    @classmethod
+    def of(cls, args: argparse.Namespace, *, step_ms: float = 0.0) -> "Shape":
+        """By the flags that measurements with a fleet have in common."""
+        return cls(args.engine, step_ms, args.prefill, args.decode, args.processes)
+
+    @property
+    def workers(self) -> list[str]:
+        """Their names."""
+        counts = {"prefill": self.prefill, "decode": self.decode}
+        return [f"{role}-{i}" for role, count in counts.items() for i in range(count)]
+
+    def command(self, state: Path, ports: Mapping[str, int]) -> list[str]:
+        """`ports`: of the mock server beside each worker, by the worker's name."""
         settings = {
             "worker.served_model_name": DEMO_MODEL,
             "worker.sim_step_ms": f"{self.step_ms}",
@@ -54,6 +74,8 @@ class Shape:
             "router.log_level": "warning",
             "worker.log_level": "warning",
             **({"router.processes": str(self.processes)} if self.processes else {}),
+            **({"worker.engine": "vllm"} if ports else {}),
+            **{f"{name}.url": f"http://127.0.0.1:{port}" for name, port in ports.items()},
             **self.settings,
         }
         return [
@@ -113,18 +135,40 @@ class Used:
 @asynccontextmanager
 async def running(shape: Shape) -> AsyncIterator[Fleet]:
     """Raises ConfigError if it does not start."""
-    with tempfile.TemporaryDirectory(prefix="baton-bench-") as folder:
-        state = Path(folder)
+    async with AsyncExitStack() as stack:
+        mocks = {
+            name: await stack.enter_async_context(serving("mock_openai", shape.step_ms))
+            for name in (shape.workers if shape.engine == "openai" else ())
+        }
+        state = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="baton-bench-")))
+        command = shape.command(state, {name: port for name, (port, _) in mocks.items()})
         process = await asyncio.create_subprocess_exec(
-            *shape.command(state), stdout=asyncio.subprocess.PIPE, start_new_session=True
+            *command, stdout=asyncio.subprocess.PIPE, start_new_session=True
         )
         try:
             await _until_up(process)
-            yield _fleet(state)
+            yield _fleet(state, [pid for _, pid in mocks.values()])
         finally:
             with suppress(ProcessLookupError):
                 process.terminate()
             await process.wait()
+
+
+@asynccontextmanager
+async def serving(module: str, *args: object) -> AsyncIterator[tuple[int, int]]:
+    """A server of this package as a process of its own: the port that it prints, and its pid."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", f"baton.bench.{module}", *map(str, args)),
+        stdout=asyncio.subprocess.PIPE,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    try:
+        yield int(await process.stdout.readline()), process.pid
+    finally:
+        with suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
 
 
 async def _until_up(process: asyncio.subprocess.Process) -> None:
@@ -137,14 +181,15 @@ async def _until_up(process: asyncio.subprocess.Process) -> None:
     raise ConfigError("the fleet did not start; run `baton up --engine simulated` to see why")
 
 
-def _fleet(state: Path) -> Fleet:
+def _fleet(state: Path, mocks: list[int]) -> Fleet:
     pids: dict[str, list[int]] = defaultdict(list)
     port = 0
     for entry in json.loads((state / "processes.json").read_text()):
         pids[entry["role"]].append(entry["pid"])
         if entry["role"] == "router":
             port = entry["port"]
-    return Fleet(port, {role: Process(*pids[role]) for role in ROLES})
+    kinds = {role: Process(*pids[role]) for role in ROLES}
+    return Fleet(port, {**kinds, MOCK: Process(*mocks)} if mocks else kinds)
 
 
 def _tree(root: int) -> list[int]:

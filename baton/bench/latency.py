@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 async def measure(args: argparse.Namespace, stop: asyncio.Event, rows: list[Row]) -> None:
     row = Row(f"a question each {args.gap_ms:g} ms")
     rows.append(row)
-    shape = Shape(prefill=args.prefill, decode=args.decode, processes=args.processes)
+    shape = Shape.of(args)
     async with running(shape) as fleet, floor(0.0) as (port, _):
         await _ask(fleet.port, 30, 0.0)
         for number in range(args.rounds):

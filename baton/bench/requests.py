@@ -26,7 +26,6 @@ COLUMNS = {
     "floor": "floor",
     "ratio": "router / floor",
     **OTHER_COLUMNS,
-    "total": "total",
     "rate": "requests/s",
     "p50_ms": "p50, ms",
     "p99_ms": "p99",
@@ -51,7 +50,7 @@ async def measure(args: argparse.Namespace, stop: asyncio.Event, rows: list[Row]
     prompt_of = texts()
     cases = [(name, int(text)) for name in prompts for text in args.concurrency.split(",")]
     rows.extend(Row(f"{name}, {concurrency} at once") for name, concurrency in cases)
-    shape = Shape(prefill=args.prefill, decode=args.decode, processes=args.processes)
+    shape = Shape.of(args)
     async with running(shape) as fleet, floor(0.0) as (port, process):
         await closed_loop(fleet.port, [chat("warm up", 2, stream=True)] * 500, 32)
         serial = 0

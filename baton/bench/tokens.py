@@ -25,7 +25,6 @@ COLUMNS = {
     "over": "router - floor",
     "ratio": "router / floor",
     **OTHER_COLUMNS,
-    "total": "total",
     "gap_p50_ms": "gap p50, ms",
     "gap_p99_ms": "p99",
     "floor_gap_p99_ms": "floor's p99",
@@ -48,9 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 async def measure(args: argparse.Namespace, stop: asyncio.Event, rows: list[Row]) -> None:
     counts = [int(text) for text in args.streams.split(",")]
-    shape = Shape(
-        step_ms=args.step_ms, prefill=args.prefill, decode=args.decode, processes=args.processes
-    )
+    shape = Shape.of(args, step_ms=args.step_ms)
     workers = f", {args.decode} decode workers" if args.decode > 1 else ""
     workers += f", and {args.long} tokens each second" if args.long else ""
     long = chat(text_of(args.long), 1, stream=False) if args.long else b""

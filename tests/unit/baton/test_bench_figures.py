@@ -38,6 +38,7 @@ async def test_a_fleet_is_measured_beside_its_floor(
     args = parsed(*TOKENS, "--processes=2", f"--json={file}")
     assert await run_bench(args, asyncio.Event()) == 0
     said = capsys.readouterr()
+    assert "mock servers" not in said.out
     document = json.loads(file.read_text())
     assert document["what"] == "tokens"
     assert document["machine"]["cores"] == os.cpu_count()

@@ -5,7 +5,7 @@ told to stop: it aborts what nobody reads. It knows no jobs.
 """
 
 import errno
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Final, Literal
 
@@ -80,23 +80,23 @@ class VllmClient:
                 return decode_answer(await response.read())
 
     async def stream(
-        self, body: Mapping[str, Any], request_id: str
-    ) -> AsyncGenerator[Answer, None]:
-        """Chunks, as they come; ends after `[DONE]`. Raises VllmError.
-
-        Close it (`aclosing`) to make vLLM stop."""
+        self, body: Mapping[str, Any], request_id: str, take: Callable[[Answer], bool]
+    ) -> None:
+        """Give `take` each chunk as it comes; with True it has enough, and vLLM is made to stop.
+        Else all is read to the very end, or the connection could serve no other request.
+        Raises VllmError."""
         lines = EventLines()
         async with self._post(body, request_id) as response:
             with _translated(self.url):
-                async for data in response.content.iter_any():
+                while data := await response.content.readany():
                     for payload in lines.feed(data):
                         chunk = decode_answer(payload)
                         if chunk.error is not None:
                             raise VllmError("server", _said(chunk.error))
-                        yield chunk
-                    if lines.is_done:
-                        return
-        raise VllmError("server", f"{self.url}: the stream ended before its end")
+                        if take(chunk):
+                            return
+        if not lines.is_done:
+            raise VllmError("server", f"{self.url}: the stream ended before its end")
 
     @asynccontextmanager
     async def _post(

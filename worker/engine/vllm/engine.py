@@ -100,6 +100,8 @@ class VllmEngine:
         self._jobs: dict[JobKey, _Job] = {}
         self._deltas: list[tuple[JobKey, Delta]] = []
         self._tasks: list[asyncio.Task[None]] = []
+        self._legs: set[asyncio.Task[None]] = set()
+        """Of jobs, and of ended ones whose stream is read to its end."""
         self._stats = EngineStats()
         self._last_event = 0
         self._serial = 0
@@ -211,7 +213,7 @@ class VllmEngine:
             await asyncio.sleep(DRAIN_POLL_S)
 
     async def stop(self) -> bool:
-        tasks = [*self._tasks, *(j.task for j in self._jobs.values() if j.task is not None)]
+        tasks = [*self._tasks, *self._legs]
         self._jobs.clear()
         for task in tasks:
             task.cancel()
@@ -228,6 +230,8 @@ class VllmEngine:
             return
         entry = self._jobs[job.key] = _Job(job, self._clock())
         entry.task = asyncio.create_task(self._run(entry), name=f"leg {job.choice}")
+        self._legs.add(entry.task)
+        entry.task.add_done_callback(self._legs.discard)
 
     def cancel(self, key: JobKey) -> None:
         entry = self._jobs.pop(key, None)
@@ -266,7 +270,8 @@ class VllmEngine:
         if self._jobs.get(key) is not entry:
             return
         self._flush()
-        del self._jobs[key]
+        if self._jobs.pop(key, None) is None:
+            return  # it had ended before it failed
         if leg == "transfer":
             self._count("failed")
         self._outlet.failed(key, EngineError(leg, code, message))

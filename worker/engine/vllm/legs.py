@@ -6,7 +6,6 @@ A prefill leg lends, a decode leg streams. The choice's text, stops and end are 
 
 import re
 from collections.abc import Callable, Sequence
-from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
@@ -20,6 +19,7 @@ from worker.engine.vllm.client import Fault, VllmClient, VllmError
 from worker.engine.vllm.handles import check_handle, make_handle
 from worker.engine.vllm.wire import (
     REMOTE_DECODE,
+    Answer,
     Choice,
     Unmappable,
     WireError,
@@ -37,7 +37,6 @@ _CODES: Final[dict[Fault, FailureCode]] = {
     "silent": "engine",
 }
 _UNSAFE: Final = re.compile(r"[^A-Za-z0-9._-]")
-MAX_TOKEN_ID: Final = 2**32 - 1
 _MAX_ID_CHARS: Final = 120
 
 
@@ -119,19 +118,38 @@ async def decode(site: Site, job: DecodeJob, sequence: ActiveSequence, told: Tol
         scored = await _score(site, job, sequence)
         sequence.prompt_logprobs = None
     started_at = site.clock()
-    is_told = False
-    async with aclosing(site.client.stream(body, request_id(job))) as chunks:
-        async for chunk in chunks:
-            for choice in chunk.choices:
-                if not is_told:
-                    is_told = True
-                    told.decoding(key, _decoding(site, handle, started_at, scored))
-                delta = _take(sequence, choice)
-                if delta is not None:
-                    told.delta(key, delta)
-                    if delta.finish:
-                        return
-    raise VllmError("server", "vLLM's stream had no end")
+    reading = _Reading(sequence, told, lambda: _decoding(site, handle, started_at, scored))
+    await site.client.stream(body, request_id(job), reading.take)
+    if not reading.is_over:
+        raise VllmError("server", "vLLM's stream had no end")
+
+
+@dataclass(slots=True)
+class _Reading:
+    """A stream as far as it has come. `info`: what is told before its first token."""
+
+    sequence: ActiveSequence
+    told: Told
+    info: Callable[[], DecodingInfo]
+    is_begun: bool = False
+    is_over: bool = False
+
+    def take(self, chunk: Answer) -> bool:
+        """Whether vLLM would go on where the choice has ended. Raises VllmError."""
+        sequence = self.sequence
+        for choice in chunk.choices:
+            if self.is_over:
+                break
+            if not self.is_begun:
+                self.is_begun = True
+                self.told.decoding(sequence.key, self.info())
+            delta = _take(sequence, choice)
+            if delta is not None:
+                self.told.delta(sequence.key, delta)
+                self.is_over = bool(delta.finish)
+                if self.is_over and not choice.finish_reason:
+                    return True
+        return False
 
 
 def request_id(job: PrefillJob | DecodeJob) -> str:
@@ -218,15 +236,13 @@ def _take(sequence: ActiveSequence, choice: Choice) -> Delta | None:
         raise VllmError("server", f"vLLM ended the request: {choice.finish_reason}")
     if choice.token_ids is None:  # else a version that does not know the option ends in silence
         raise VllmError("server", "vLLM sends no token ids: it does not know return_token_ids")
-    if not all(0 <= token <= MAX_TOKEN_ID for token in choice.token_ids):
-        raise VllmError("server", "vLLM sends token ids that are none")
     try:
         scores = token_logprobs(choice, sequence.sampling.logprobs)
     except WireError as error:
         raise VllmError("server", str(error)) from None
     whole: Delta | None = None
     for token, score in zip(choice.token_ids, scores, strict=True):
-        delta = sequence.take(token, Scores(sampled=score))
+        delta = sequence.take(token, None if score is None else Scores(sampled=score))
         whole = delta if whole is None else _joined(whole, delta)
         if whole.finish:
             return whole

@@ -4,8 +4,8 @@ Prompts go out as token ids and token ids come back, so vLLM's own text is never
 sockets and no jobs; the shapes are those of vLLM 0.32.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Final
 
 import msgspec
 
@@ -17,11 +17,14 @@ _SEEDS: Final = 1 << 63
 _TOKEN_ID: Final = "token_id:"
 _MAX_DIGITS: Final = 10
 _MAX_SHOWN: Final = 40
+_MAX_TOKEN_ID: Final = 2**32 - 1
 MAX_LINE_BYTES: Final = 64 << 20
 """The first chunk repeats the prompt's ids: a line of a million tokens is normal."""
 
 REMOTE_DECODE: Final[Mapping[str, Any]] = {"do_remote_decode": True, "do_remote_prefill": False}
 """Asks a server to keep the blocks and to say where they are."""
+
+TokenId = Annotated[int, msgspec.Meta(ge=0, le=_MAX_TOKEN_ID)]
 
 
 class Unmappable(ValueError):
@@ -44,7 +47,7 @@ class PromptLogprob(msgspec.Struct, gc=False):
 
 
 class Choice(msgspec.Struct, gc=False):
-    token_ids: list[int] | None = None
+    token_ids: list[TokenId] | None = None
     finish_reason: str | None = None
     stop_reason: str | int | None = None
     logprobs: Logprobs | None = None
@@ -199,21 +202,24 @@ class EventLines:
         self.is_done = False
         """`[DONE]` has come."""
 
-    def feed(self, data: bytes) -> Iterator[bytes]:
+    def feed(self, data: bytes) -> list[bytes]:
         """The payloads that are whole now. Raises WireError for a line without end."""
-        self._rest += data
-        if b"\n" not in data:
+        whole, newline, rest = data.rpartition(b"\n")
+        if not newline:
+            self._rest += data
             if len(self._rest) > MAX_LINE_BYTES:
                 raise WireError(f"a line of more than {MAX_LINE_BYTES} bytes")
-            return
-        *lines, rest = bytes(self._rest).split(b"\n")
+            return []
+        if self._rest:
+            whole = bytes(self._rest) + whole
         self._rest = bytearray(rest)
-        for line in lines:
-            payload = line.strip()
-            if not payload.startswith(b"data:"):
+        found: list[bytes] = []
+        for line in whole.split(b"\n"):
+            if self.is_done or not line.startswith(b"data:"):
                 continue
-            payload = payload[5:].strip()
+            payload = line[5:].strip()
             if payload == b"[DONE]":
                 self.is_done = True
-                return
-            yield payload
+            else:
+                found.append(payload)
+        return found

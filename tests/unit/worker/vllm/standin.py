@@ -73,7 +73,9 @@ class Standin:
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
-        self.seen.append({"body": body, "request_id": request.headers.get("X-Request-Id")})
+        assert request.transport is not None
+        seen = {"body": body, "request_id": request.headers.get("X-Request-Id")}
+        self.seen.append({**seen, "peer": request.transport.get_extra_info("peername")[1]})
         if status := self.behave.get("status"):
             error = {"message": self.behave.get("message", "no"), "type": "x", "code": status}
             return web.json_response(
@@ -159,6 +161,8 @@ class Standin:
             if self.behave.get("stop_after") == len(ids) - len(body["prompt"]):
                 left, choice["finish_reason"] = 0, "stop"
             data = json.dumps({"id": "cmpl-1", "choices": [choice]})
+            if not left and self.behave.get("late_error"):
+                data += '\n\ndata: {"error": {"message": "late"}}'
             await response.write(f"data: {data}\n\n".encode())
             if self.behave.get("hang_after") == len(ids) - len(body["prompt"]):
                 await asyncio.Event().wait()  # until the client goes, or for ever
@@ -166,6 +170,7 @@ class Standin:
                 assert request.transport is not None
                 request.transport.abort()
                 return response
+        await asyncio.sleep(self.behave.get("pause_before_done", 0.0))
         await response.write(b"data: [DONE]\n\n")
         return response
 

@@ -1,5 +1,8 @@
 """The engine over the stand-in: what legs ask and tell, handles, endings. Real sockets."""
 
+import asyncio
+import gc
+
 import msgspec
 import pytest
 from msgspec.structs import replace
@@ -12,6 +15,7 @@ from tests.unit.worker.vllm.vllm_world import (
     continuation,
     lent,
     replace_sampling,
+    started,
 )
 from text.tokenizer import Tokenizer
 from worker.engine.vllm.engine import VllmEngine
@@ -138,6 +142,35 @@ async def test_a_stop_string_ends_it_here_and_at_vllm(world: World, engine: Vllm
     assert world.heard.text(key) == text[: text.index(stop)]
     await world.until_running(0)
     assert "stop" not in (await world.seen())[-1]
+
+
+async def test_a_stream_that_vllm_ends_leaves_its_connection_to_the_next(
+    world: World, engine: VllmEngine
+) -> None:
+    await world.behave(pause_before_done=0.05)
+    for _ in range(3):
+        await world.run(engine, world.decode(PROMPT))
+        await world.until_running(0)
+    assert len(set(await world.peers())) == 1
+
+
+async def test_stop_ends_a_leg_that_reads_on_behind_its_last_token(world: World) -> None:
+    await world.behave(pause_before_done=60.0)
+    async with started(world) as engine:
+        await world.run(engine, world.decode(PROMPT))
+    assert not [task for task in asyncio.all_tasks() if task.get_name().startswith("leg ")]
+
+
+async def test_what_fails_behind_the_last_token_is_no_error(
+    world: World, engine: VllmEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    for how in ({"late_error": True}, {"break_after": 8}):
+        await world.behave(**how)
+        key = await world.run(engine, world.decode(PROMPT))
+        await world.until_running(0)
+        assert (world.heard.ids(key), world.heard.errors) == (continuation(PROMPT, 8), {})
+    gc.collect()  # a leg that ended in an exception would be told of now
+    assert "never retrieved" not in caplog.text
 
 
 async def test_ids_of_a_chunk_behind_the_stop_string_are_not_said(

@@ -100,7 +100,11 @@ def test_a_line_without_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None
         list(lines.feed(b"x" * 50))
 
 
-@pytest.mark.parametrize("data", [b"", b"{", b"[]", b'{"choices":[{"token_ids":["x"]}]}', b"\xff"])
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"{", b"[]", b"\xff"]
+    + [b'{"choices":[{"token_ids":[%b]}]}' % token for token in (b'"x"', b"-1", b"4294967296")],
+)
 def test_rubbish_is_an_error_of_ours(data: bytes) -> None:
     with pytest.raises(WireError):
         decode_answer(data)

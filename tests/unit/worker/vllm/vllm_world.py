@@ -178,6 +178,10 @@ class World:
     async def seen(self) -> list[dict[str, Any]]:
         return [entry["body"] for entry in (await self._state())["seen"]]
 
+    async def peers(self) -> list[int]:
+        """The port at our end of each request's connection."""
+        return [entry["peer"] for entry in (await self._state())["seen"]]
+
     async def _state(self) -> dict[str, Any]:
         async with self.http.get(f"{self.url}/seen") as response:
             state: dict[str, Any] = await response.json()
