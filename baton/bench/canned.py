@@ -69,11 +69,21 @@ class Canned(asyncio.Protocol):
         count = int(tokens[1]) if tokens else 1
         if b'"stream":true' not in body:
             self._transport.write(_WHOLE)
-        elif self._step_s:
+        else:
+            self.begin(count)
+
+    def begin(self, count: int) -> None:
+        """A stream of so many chunks is asked for."""
+        if self._step_s:
             self._transport.write(_HEAD + _CHUNK)
             self._streams[self._transport] = count - 1
         else:
-            self._transport.write(_HEAD + _CHUNK * count + _END)
+            self._transport.write(stream(count))
+
+
+def stream(count: int) -> bytes:
+    """A whole one."""
+    return _HEAD + _CHUNK * count + _END
 
 
 async def serve(step_s: float, num_groups: int) -> None:
@@ -87,10 +97,11 @@ async def serve(step_s: float, num_groups: int) -> None:
     for group in itertools.cycle(groups):
         due += (step_s or 60.0) / num_groups
         await asyncio.sleep(max(0.0, due - loop.time()))
-        _step(group)
+        step(group)
 
 
-def _step(group: Group) -> None:
+def step(group: Group) -> None:
+    """A chunk to each stream."""
     for transport, left in list(group.items()):
         if left > 0:
             transport.write(_CHUNK)

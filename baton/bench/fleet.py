@@ -106,6 +106,7 @@ class Process:
 @dataclass(frozen=True, slots=True)
 class Fleet:
     port: int
+    nats_port: int
     kinds: dict[str, Process]
     """By role."""
 
@@ -183,13 +184,14 @@ async def _until_up(process: asyncio.subprocess.Process) -> None:
 
 def _fleet(state: Path, mocks: list[int]) -> Fleet:
     pids: dict[str, list[int]] = defaultdict(list)
-    port = 0
+    ports: dict[str, int] = {}
     for entry in json.loads((state / "processes.json").read_text()):
         pids[entry["role"]].append(entry["pid"])
-        if entry["role"] == "router":
-            port = entry["port"]
+        ports[entry["role"]] = entry["port"]
     kinds = {role: Process(*pids[role]) for role in ROLES}
-    return Fleet(port, {**kinds, MOCK: Process(*mocks)} if mocks else kinds)
+    if mocks:
+        kinds[MOCK] = Process(*mocks)
+    return Fleet(ports["router"], ports["nats"], kinds)
 
 
 def _tree(root: int) -> list[int]:

@@ -1,8 +1,8 @@
 """`baton bench tokens`: what a paced streamed token costs each process.
 
-Streams that get one token a step, from decode workers whose steps do not coincide; the floor is a
-server that writes a constant at the same pace to the same client, in the same round and in as many
-groups as there are decode workers.
+Streams that get one token a step, from decode workers whose steps do not coincide. Floors, in the
+same round and in as many groups as there are decode workers: a server that writes a constant at the
+same pace to the same client, by its own clock or for each frame off the same nats-server.
 """
 
 import argparse
@@ -13,18 +13,24 @@ from contextlib import asynccontextmanager
 from typing import Final
 
 from baton.bench.canned import floor
+from baton.bench.canned_bus import bus_floor
 from baton.bench.client import Answer, Client, chat, closed_loop
 from baton.bench.fleet import OTHER_COLUMNS, Fleet, Process, Shape, running
 from baton.bench.prompts import text_of
 from baton.bench.report import Row, percentile, progress
 
-TITLE = "CPU-µs per token; medians of the rounds. floor: a bare uvloop writer at the same pace"
+TITLE = (
+    "CPU-µs per token; medians of the rounds. floor: a bare uvloop writer at the same pace, by its "
+    "own clock and off NATS"
+)
 COLUMNS = {
     "router": "router",
     "floor": "floor",
     "over": "router - floor",
     "ratio": "router / floor",
+    "bus_floor": "floor off NATS",
     **OTHER_COLUMNS,
+    "nats_floor": "nats-server's floor",
     "gap_p50_ms": "gap p50, ms",
     "gap_p99_ms": "p99",
     "floor_gap_p99_ms": "floor's p99",
@@ -32,6 +38,8 @@ COLUMNS = {
     "rss_mb": "router RSS, MB",
 }
 
+_TOKEN_BYTES: Final = 32
+"""Of a frame, about, for each stream that got a token."""
 _LAG: Final = re.compile(r"^baton_loop_lag_seconds_bucket\{(.*)\} (\S+)$", re.MULTILINE)
 _BOUND: Final = re.compile(r'le="([^"]+)"')
 
@@ -61,6 +69,7 @@ async def measure(args: argparse.Namespace, stop: asyncio.Event, rows: list[Row]
                 progress(f"round {number + 1} of {args.rounds}: {row.case}")
                 asked = [chat(f"stream {i}: go on", args.tokens, stream=True) for i in range(count)]
                 figures = await _of_floor(port, process, asked, args.tokens)
+                figures |= await _of_bus_floor(fleet, args, asked)
                 async with _besides(fleet.port, long):
                     figures |= await _of_fleet(fleet, asked, args.tokens)
                 figures["over"] = figures["router"] - figures["floor"]
@@ -120,6 +129,23 @@ async def _of_floor(
     return {
         "floor": used / 1e3 / (len(asked) * num_tokens),
         "floor_gap_p99_ms": percentile(_gaps(answers), 0.99) * 1e3,
+    }
+
+
+async def _of_bus_floor(
+    fleet: Fleet, args: argparse.Namespace, asked: list[bytes]
+) -> dict[str, float]:
+    nats, frame_bytes = fleet.kinds["nats"], _TOKEN_BYTES * len(asked) // args.decode
+    async with bus_floor(
+        fleet.nats_port, args.step_ms, groups=args.decode, frame_bytes=frame_bytes
+    ) as (port, process):
+        before = process.cpu_ns(), nats.cpu_ns()
+        await closed_loop(port, asked, len(asked))
+        after = process.cpu_ns(), nats.cpu_ns()
+    units = 1e3 * len(asked) * args.tokens
+    return {
+        "bus_floor": (after[0] - before[0]) / units,
+        "nats_floor": (after[1] - before[1]) / units,
     }
 
 

@@ -13,12 +13,14 @@ from pathlib import Path
 import pytest
 
 from baton.bench import canned, prompts
+from baton.bench.canned_bus import bus_floor, bus_way
 from baton.bench.client import Client, chat, closed_loop
 from baton.bench.command import add_arguments, run_bench
 from baton.bench.report import Row, percentile, table
 from baton.demo import demo_model_folder
 from baton.main import main
 from protocol.errors import ConfigError
+from tests.contract.nats_server import NatsServer
 from text.assets import load_assets
 from text.tokenizer import Tokenizer
 
@@ -49,7 +51,16 @@ async def test_a_fleet_is_measured_beside_its_floor(
     for row in document["rows"]:
         figures = row["figures"]
         assert {len(values) for values in figures.values()} == {2}
-        for name in ("router", "floor", "nats", "prefill", "decode", "rss_mb"):
+        for name in (
+            "router",
+            "floor",
+            "bus_floor",
+            "nats_floor",
+            "nats",
+            "prefill",
+            "decode",
+            "rss_mb",
+        ):
             assert min(figures[name]) > 0, name
         assert f"| {row['case']} | " in said.out
         for at in range(2):
@@ -85,6 +96,36 @@ async def test_the_floor_streams_and_answers_whole() -> None:
         assert process.cpu_ns() > 0
     with pytest.raises(OSError, match=r"Connect call failed|refused"):
         await Client.connect(port)
+
+
+async def said_to(port: int, request: bytes) -> bytes:
+    """The whole stream that is the answer."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(request)
+    try:
+        return await reader.readuntil(b"\r\n0\r\n\r\n")
+    finally:
+        writer.close()
+
+
+async def test_the_floors_off_nats_say_as_much_as_the_other(tmp_path: Path) -> None:
+    request = chat("x", 5, stream=True)
+    nats = NatsServer(tmp_path)
+    nats.start()
+    try:
+        async with canned.floor(5.0) as (port, _):
+            wanted = await said_to(port, request)
+        async with bus_floor(nats.port, 5.0, groups=2, frame_bytes=64) as (port, process):
+            assert [await said_to(port, request) for _ in range(2)] == [wanted] * 2
+            assert process.cpu_ns() > 0
+        async with bus_way(nats.port) as port:
+            assert [await said_to(port, request) for _ in range(2)] == [wanted] * 2
+            nats.freeze()
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.2):
+                    await said_to(port, request)
+    finally:
+        nats.kill()
 
 
 async def test_an_answer_that_is_none_is_no_figure() -> None:
