@@ -117,9 +117,11 @@ def _slots_of(mask: int) -> list[int]:
 class _Holder:
     """What one slot holds and how far we have heard of it."""
 
-    __slots__ = ("behind", "count", "held_back", "limit", "next_id", "tries", "waiting")
+    __slots__ = ("behind", "bit", "count", "held_back", "limit", "next_id", "tries", "waiting")
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, slot: int, limit: int) -> None:
+        self.bit = 1 << slot
+        """The mask of all blocks that nobody else holds: one int, not one each."""
         self.count = 0
         """Blocks that it holds."""
         self.limit = limit
@@ -166,14 +168,15 @@ class PrefixIndex:
         else:
             slot = self._num_slots
             self._num_slots += 1
-        self._holders[slot] = _Holder(num_blocks)
+        self._holders[slot] = _Holder(slot, num_blocks)
         self._alive |= 1 << slot
         return slot
 
     def leave(self, slot: int) -> None:
-        self._let_go(slot, self._holders.pop(slot))
-        self._alive &= ~(1 << slot)
-        self._retired |= 1 << slot
+        holder = self._holders.pop(slot)
+        self._let_go(holder)
+        self._alive &= ~holder.bit
+        self._retired |= holder.bit
         self.sweep()
 
     def sweep(self, limit: int = _SWEEP) -> None:
@@ -242,7 +245,7 @@ class PrefixIndex:
             holder.waiting = True
             holder.held_back = [(first_id, events)]
             return True
-        self._apply(slot, holder, first_id, events)
+        self._apply(holder, first_id, events)
         return False
 
     def heard_last(self, slot: int, last_id: int) -> bool:
@@ -274,9 +277,9 @@ class PrefixIndex:
         if holder.next_id is not None and last_id + 1 < holder.next_id:
             return False
         keys = _keys_of(b"".join(hashes))
-        self._keep_only(set(keys), slot, holder)
+        self._keep_only(set(keys), holder)
         for key in keys:
-            self._add_pair(key, slot, holder)
+            self._add_pair(key, holder)
         holder.next_id = last_id + 1
         holder.tries += 1
         again = False
@@ -288,38 +291,38 @@ class PrefixIndex:
             holder.tries = 0
         return again
 
-    def _apply(self, slot: int, holder: _Holder, first_id: int, events: Sequence[KvEvent]) -> None:
+    def _apply(self, holder: _Holder, first_id: int, events: Sequence[KvEvent]) -> None:
         assert holder.next_id is not None
         for event in events[holder.next_id - first_id :]:
             holder.next_id += 1
             if isinstance(event, KvCleared):
-                self._let_go(slot, holder)
+                self._let_go(holder)
                 continue
             keys = _keys_of(event.hashes)
             if isinstance(event, KvStored):
                 for key in keys:
-                    self._add_pair(key, slot, holder)
+                    self._add_pair(key, holder)
                 continue
             for key in keys:
-                self._drop_pair(key, slot, holder)
+                self._drop_pair(key, holder)
 
-    def _let_go(self, slot: int, holder: _Holder) -> None:
+    def _let_go(self, holder: _Holder) -> None:
         """Of all that it holds."""
         if not holder.count:
             return
         holder.count = 0
         for number, masks in enumerate(self._shards):
             if masks:
-                self._stale[number] = self._stale.get(number, 0) | 1 << slot
+                self._stale[number] = self._stale.get(number, 0) | holder.bit
 
-    def _keep_only(self, keys: set[int], slot: int, holder: _Holder) -> None:
+    def _keep_only(self, keys: set[int], holder: _Holder) -> None:
         """Of what it holds. All is looked through; but most is kept, as a rule."""
         if not holder.count:
             return
-        bit = 1 << slot
+        bit = holder.bit
         for masks in self._shards:
             for key in [key for key, mask in masks.items() if mask & bit and key not in keys]:
-                self._drop_pair(key, slot, holder)
+                self._drop_pair(key, holder)
 
     def _wash(self, number: int) -> None:
         """Take the stale bits out of one shard."""
@@ -333,10 +336,10 @@ class PrefixIndex:
             else:
                 del masks[key]
 
-    def _add_pair(self, key: int, slot: int, holder: _Holder) -> None:
+    def _add_pair(self, key: int, holder: _Holder) -> None:
         number = key % self._num_shards
         masks = self._shards[number]
-        bit = 1 << slot
+        bit = holder.bit
         if self._stale and self._stale.get(number, 0) & bit:
             self._wash(number)
         if masks.get(key, 0) & bit or holder.count >= holder.limit:
@@ -346,16 +349,17 @@ class PrefixIndex:
                 self.sweep()
             else:
                 self._evict(masks or max(self._shards, key=len))
-        masks[key] = masks.get(key, 0) | bit
+        mask = masks.get(key)
+        masks[key] = mask | bit if mask else bit
         holder.count += 1
         self.num_pairs += 1
 
-    def _drop_pair(self, key: int, slot: int, holder: _Holder) -> None:
+    def _drop_pair(self, key: int, holder: _Holder) -> None:
         """If it holds that."""
         number = key % self._num_shards
         masks = self._shards[number]
         mask = masks.get(key, 0)
-        bit = 1 << slot
+        bit = holder.bit
         if not mask & bit or (self._stale and self._stale.get(number, 0) & bit):
             return
         if mask == bit:

@@ -130,7 +130,7 @@ def test_the_oldest_go_also_while_a_slot_is_being_swept() -> None:
     index.leave(gone)
     holder = index._holders[slot]
     for n in range(600):
-        index._add_pair(5000 + n, slot, holder)
+        index._add_pair(5000 + n, holder)
     index.validate()
 
 
