@@ -9,7 +9,9 @@ from protocol.out import OutEnvelope
 from router.choices import Choice
 from router.claims import Advance
 
-MAX_DONE: Final = 16_384
+MAX_DONE: Final = 2048
+"""Groups of neighbours that are remembered to have ended well: sixty thousand short requests, or
+some seconds where each decode leg was opened long ago."""
 MAX_STRAYS: Final = 4096
 STRAY_S: Final = 1.0
 """An attempt that is not ours is answered this often at most."""
@@ -45,7 +47,8 @@ class Attempts:
 
     def __init__(self) -> None:
         self.live: dict[int, Attempt] = {}
-        self._done: OrderedDict[int, None] = OrderedDict()
+        self._done: OrderedDict[int, int] = OrderedDict()
+        """Number // 64 -> a bit for each: numbers are given in turn, and nearly all end well."""
 
     def add(self, number: int, attempt: Attempt) -> None:
         self.live[number] = attempt
@@ -56,12 +59,13 @@ class Attempts:
         if entry is not None:
             entry.choice.attempts.discard(number)
         if done:
-            self._done[number] = None
+            group = number >> 6
+            self._done[group] = self._done.get(group, 0) | 1 << (number & 63)
             if len(self._done) > MAX_DONE:
                 self._done.popitem(last=False)
 
     def is_done(self, number: int) -> bool:
-        return number in self._done
+        return self._done.get(number >> 6, 0) >> (number & 63) & 1 == 1
 
 
 class Strays:

@@ -6,10 +6,15 @@ and bisection. What a worker evicted out of order is overcounted; that costs tim
 
 It knows slots, not workers. The number of (block, worker) pairs is bounded, the oldest blocks go
 first; a slot that left is swept in small steps and reused only when no mask has its bit.
+
+It is the largest thing that a router remembers. So a block is there once, as a piece of its hash
+(`_KEY_MASK`), and a slot has no list of what it holds: when it lets go of everything, its bits are
+declared stale, and go when somebody comes by. The masks are in several dicts (shards), because a
+dict is copied whole after as many changes as it has room for: that takes the loop, and memory.
 """
 
+import struct
 import sys
-from collections import deque
 from collections.abc import Sequence
 from itertools import islice
 from typing import Final, Protocol
@@ -23,8 +28,15 @@ _MAX_HELD_BACK: Final = 64
 _MAX_BEHIND: Final = 4
 _MAX_TRIES: Final = 3
 """Snapshots in a row that may be older than what was held back for them."""
-_SWEEP: Final = 512
+_SWEEP: Final = 1024
 _CHUNK: Final = 64
+_MAX_SHARDS: Final = 256
+_MIN_SHARD: Final = 4096
+"""Pairs; an index of fewer has one dict."""
+_KEY_MASK: Final = (1 << 60) - 1
+"""The last bits of a hash stand for its block: as many as an int of two digits has. Should two
+blocks ever have one key, a request goes to a worker that has less of its prompt than we think."""
+_LAST_HALVES: Final = struct.Struct(f">{HASH_BYTES - 8}xQ")
 
 Match = list[tuple[int, int]]
 """(number of leading blocks, mask of the slots that hold at least so many), deepest last."""
@@ -86,13 +98,32 @@ def deepest(match: Match, count: int, start: int) -> list[int]:
     return slots
 
 
+def _keys_of(hashes: bytes) -> list[int]:
+    """Of blocks whose hashes are joined; what is left over is no hash."""
+    rest = len(hashes) % HASH_BYTES
+    whole = hashes[:-rest] if rest else hashes
+    return [half & _KEY_MASK for (half,) in _LAST_HALVES.iter_unpack(whole)]
+
+
+def _slots_of(mask: int) -> list[int]:
+    slots = []
+    while mask:
+        low = mask & -mask
+        slots.append(low.bit_length() - 1)
+        mask ^= low
+    return slots
+
+
 class _Holder:
     """What one slot holds and how far we have heard of it."""
 
-    __slots__ = ("behind", "hashes", "held_back", "limit", "next_id", "tries", "waiting")
+    __slots__ = ("behind", "bit", "count", "held_back", "limit", "next_id", "tries", "waiting")
 
-    def __init__(self, limit: int) -> None:
-        self.hashes: set[bytes] = set()
+    def __init__(self, slot: int, limit: int) -> None:
+        self.bit = 1 << slot
+        """The mask of all blocks that nobody else holds: one int, not one each."""
+        self.count = 0
+        """Blocks that it holds."""
         self.limit = limit
         """It cannot hold more than so many."""
         self.behind = 0
@@ -111,13 +142,19 @@ class PrefixIndex:
 
     def __init__(self, max_blocks: int) -> None:
         self._max = max_blocks
-        self._masks: dict[bytes, int] = {}
+        self._num_shards = min(_MAX_SHARDS, max(1, max_blocks // _MIN_SHARD))
+        self._shards: list[dict[int, int]] = [{} for _ in range(self._num_shards)]
+        """Key -> mask, by the key's remainder."""
+        self._stale: dict[int, int] = {}
+        """Shard -> the slots whose bits in it mean nothing any more."""
         self._holders: dict[int, _Holder] = {}
         self._alive = 0
         self._free: list[int] = []
         self._num_slots = 0
-        self._retired: deque[tuple[int, set[bytes]]] = deque()
+        self._retired = 0
+        """Slots that left and may have stale bits."""
         self.num_pairs = 0
+        """Stale ones, too."""
 
     @property
     def num_slots(self) -> int:
@@ -131,32 +168,36 @@ class PrefixIndex:
         else:
             slot = self._num_slots
             self._num_slots += 1
-        self._holders[slot] = _Holder(num_blocks)
+        self._holders[slot] = _Holder(slot, num_blocks)
         self._alive |= 1 << slot
         return slot
 
     def leave(self, slot: int) -> None:
         holder = self._holders.pop(slot)
-        self._alive &= ~(1 << slot)
-        self._retired.append((slot, holder.hashes))
+        self._let_go(holder)
+        self._alive &= ~holder.bit
+        self._retired |= holder.bit
         self.sweep()
 
     def sweep(self, limit: int = _SWEEP) -> None:
-        """Forget up to `limit` pairs of slots that left."""
-        while self._retired and limit > 0:
-            slot, hashes = self._retired[0]
-            while hashes and limit > 0:
-                self._drop_pair(hashes.pop(), slot)
-                limit -= 1
-            if not hashes:
-                self._retired.popleft()
-                self._free.append(slot)
+        """Look through `limit` blocks or a little more for stale bits. Slots that left and have no
+        more of them may be used again."""
+        while self._stale and limit > 0:
+            number = next(iter(self._stale))
+            limit -= len(self._shards[number])
+            self._wash(number)
+        if self._retired:
+            waiting = 0
+            for stale in self._stale.values():
+                waiting |= stale
+            self._free += _slots_of(self._retired & ~waiting)
+            self._retired &= waiting
 
     def match(self, hashes: Hashes) -> Match:
         """The depths at which holders drop out, in few looks."""
         found: Match = []
         size = len(hashes)
-        if not size or not self._masks:
+        if not size or not self.num_pairs:
             return found
         mask = self._mask(hashes[0], self._alive)
         depth = 1
@@ -170,7 +211,10 @@ class PrefixIndex:
         return found
 
     def _mask(self, block: bytes, within: int) -> int:
-        return self._masks.get(block, 0) & within
+        key = int.from_bytes(block, "big") & _KEY_MASK
+        number = key % self._num_shards
+        mask = self._shards[number].get(key, 0) & within
+        return mask & ~self._stale.get(number, 0) if self._stale else mask
 
     def _last_equal(self, hashes: Hashes, mask: int, low: int, size: int) -> int:
         """The deepest block, from `low` (which has it) on, that all of `mask` hold."""
@@ -201,7 +245,7 @@ class PrefixIndex:
             holder.waiting = True
             holder.held_back = [(first_id, events)]
             return True
-        self._apply(slot, holder, first_id, events)
+        self._apply(holder, first_id, events)
         return False
 
     def heard_last(self, slot: int, last_id: int) -> bool:
@@ -232,9 +276,10 @@ class PrefixIndex:
         holder.waiting = False
         if holder.next_id is not None and last_id + 1 < holder.next_id:
             return False
-        self._clear(slot, holder)
-        for block in hashes:
-            self._add_pair(block, slot, holder)
+        keys = _keys_of(b"".join(hashes))
+        self._keep_only(set(keys), holder)
+        for key in keys:
+            self._add_pair(key, holder)
         holder.next_id = last_id + 1
         holder.tries += 1
         again = False
@@ -246,62 +291,102 @@ class PrefixIndex:
             holder.tries = 0
         return again
 
-    def _apply(self, slot: int, holder: _Holder, first_id: int, events: Sequence[KvEvent]) -> None:
+    def _apply(self, holder: _Holder, first_id: int, events: Sequence[KvEvent]) -> None:
         assert holder.next_id is not None
         for event in events[holder.next_id - first_id :]:
             holder.next_id += 1
             if isinstance(event, KvCleared):
-                self._clear(slot, holder)
+                self._let_go(holder)
                 continue
-            hashes = event.hashes
-            for start in range(0, len(hashes) - HASH_BYTES + 1, HASH_BYTES):
-                block = hashes[start : start + HASH_BYTES]
-                if isinstance(event, KvStored):
-                    self._add_pair(block, slot, holder)
-                elif block in holder.hashes:
-                    holder.hashes.discard(block)
-                    self._drop_pair(block, slot)
+            keys = _keys_of(event.hashes)
+            if isinstance(event, KvStored):
+                for key in keys:
+                    self._add_pair(key, holder)
+                continue
+            for key in keys:
+                self._drop_pair(key, holder)
 
-    def _clear(self, slot: int, holder: _Holder) -> None:
-        for block in holder.hashes:
-            self._drop_pair(block, slot)
-        holder.hashes = set()
-
-    def _add_pair(self, block: bytes, slot: int, holder: _Holder) -> None:
-        if block in holder.hashes or len(holder.hashes) >= holder.limit:
+    def _let_go(self, holder: _Holder) -> None:
+        """Of all that it holds."""
+        if not holder.count:
             return
-        if self.num_pairs >= self._max:
-            self._evict()
-        holder.hashes.add(block)
-        self._masks[block] = self._masks.get(block, 0) | 1 << slot
+        holder.count = 0
+        for number, masks in enumerate(self._shards):
+            if masks:
+                self._stale[number] = self._stale.get(number, 0) | holder.bit
+
+    def _keep_only(self, keys: set[int], holder: _Holder) -> None:
+        """Of what it holds. All is looked through; but most is kept, as a rule."""
+        if not holder.count:
+            return
+        bit = holder.bit
+        for masks in self._shards:
+            for key in [key for key, mask in masks.items() if mask & bit and key not in keys]:
+                self._drop_pair(key, holder)
+
+    def _wash(self, number: int) -> None:
+        """Take the stale bits out of one shard."""
+        masks = self._shards[number]
+        stale = self._stale.pop(number)
+        for key in [key for key, mask in masks.items() if mask & stale]:
+            mask = masks[key]
+            self.num_pairs -= (mask & stale).bit_count()
+            if mask & ~stale:
+                masks[key] = mask & ~stale
+            else:
+                del masks[key]
+
+    def _add_pair(self, key: int, holder: _Holder) -> None:
+        number = key % self._num_shards
+        masks = self._shards[number]
+        bit = holder.bit
+        if self._stale and self._stale.get(number, 0) & bit:
+            self._wash(number)
+        if masks.get(key, 0) & bit or holder.count >= holder.limit:
+            return
+        while self.num_pairs >= self._max:
+            if self._stale:
+                self.sweep()
+            else:
+                self._evict(masks or max(self._shards, key=len))
+        mask = masks.get(key)
+        masks[key] = mask | bit if mask else bit
+        holder.count += 1
         self.num_pairs += 1
 
-    def _drop_pair(self, block: bytes, slot: int) -> None:
-        left = self._masks[block] & ~(1 << slot)
-        if left:
-            self._masks[block] = left
+    def _drop_pair(self, key: int, holder: _Holder) -> None:
+        """If it holds that."""
+        number = key % self._num_shards
+        masks = self._shards[number]
+        mask = masks.get(key, 0)
+        bit = holder.bit
+        if not mask & bit or (self._stale and self._stale.get(number, 0) & bit):
+            return
+        if mask == bit:
+            del masks[key]
         else:
-            del self._masks[block]
+            masks[key] = mask ^ bit
+        holder.count -= 1
         self.num_pairs -= 1
 
-    def _evict(self) -> None:
-        """The oldest blocks go, many at once: a dict forgets its front only in bulk."""
-        retired = dict(self._retired)
-        for block in list(islice(self._masks, max(1, len(self._masks) // 64))):
-            mask = self._masks.pop(block)
-            while mask:
-                low = mask & -mask
-                mask ^= low
-                slot = low.bit_length() - 1
-                holder = self._holders.get(slot)
-                (holder.hashes if holder else retired[slot]).discard(block)
-                self.num_pairs -= 1
+    def _evict(self, masks: dict[int, int]) -> None:
+        """The oldest blocks of a shard go, many at once: a dict forgets its front only in bulk. No
+        bit is stale now."""
+        for key in list(islice(masks, max(1, len(masks) // 64))):
+            slots = _slots_of(masks.pop(key))
+            for slot in slots:
+                self._holders[slot].count -= 1
+            self.num_pairs -= len(slots)
 
     def validate(self) -> None:
         """Raises LocalError unless masks and holders say the same."""
-        pairs = [(slot, block) for slot, h in self._holders.items() for block in h.hashes]
-        pairs += [(slot, block) for slot, hashes in self._retired for block in hashes]
-        right = all(self._masks.get(block, 0) >> slot & 1 for slot, block in pairs)
-        bits = sum(mask.bit_count() for mask in self._masks.values())
-        if not right or bits != len(pairs) or bits != self.num_pairs or bits > self._max:
-            raise LocalError(f"prefix index: {bits} bits, {len(pairs)} pairs, {self.num_pairs}")
+        held = dict.fromkeys(self._holders, 0)
+        bits = 0
+        for number, masks in enumerate(self._shards):
+            for mask in masks.values():
+                bits += mask.bit_count()
+                for slot in _slots_of(mask & ~self._stale.get(number, 0)):
+                    held[slot] = held.get(slot, 0) + 1
+        counted = {slot: holder.count for slot, holder in self._holders.items()}
+        if held != counted or bits != self.num_pairs or bits > self._max:
+            raise LocalError(f"prefix index: {bits} bits, {self.num_pairs}; {held}, {counted}")

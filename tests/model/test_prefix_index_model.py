@@ -118,7 +118,7 @@ class IndexMachine(RuleBasedStateMachine):
     def it_is_bounded(self) -> None:
         self.index.validate()
         holder = self.index._holders[self.slot]
-        assert len(holder.hashes) <= CAPACITY
+        assert holder.count <= CAPACITY
         assert len(holder.held_back) <= 64
         assert self.index.num_pairs <= MAX_PAIRS
 
@@ -139,7 +139,9 @@ class IndexMachine(RuleBasedStateMachine):
             self.slot, last + 3, []
         )
         self._give(last + 1, list(self.truth))
-        assert self.index._holders[self.slot].hashes == set(self.truth)
+        held = [block for block in BLOCKS if depth_of(self.index.match([block]), self.slot)]
+        assert set(held) == set(self.truth)
+        assert self.index._holders[self.slot].count == len(held)
         self.index.validate()
 
 

@@ -219,9 +219,14 @@ def _strays(walk: Walk, strays: dict[tuple[str, int], float]) -> Shape:
     walk.weak += [("stray", attempt, age) for (_, attempt), age in recent]
 
 
-def _done(walk: Walk, done: dict[int, None]) -> Shape:
+def _done(walk: Walk, done: dict[int, int]) -> Shape:
     """Attempts that ended well, whose repeats are not answered."""
-    walk.weak += [("done", attempt, 0) for attempt in done]
+    walk.weak += [
+        ("done", 64 * group + bit, 0)
+        for group, bits in done.items()
+        for bit in range(64)
+        if bits >> bit & 1
+    ]
 
 
 def _suspicion(walk: Walk, worker: Worker) -> Shape:

@@ -335,7 +335,7 @@ def test_nothing_is_remembered_without_a_bound(
         monkeypatch.setattr(attempts_module, name, 50)
     for number in range(500):
         world.say(StepFrame([delta(number, 0)]), seq=1, incarnation=f"inc{number}")
-        world.attempts.drop(number, done=True)
+        world.attempts.drop(64 * number, done=True)
         world.inbox.reported("w", f"other{number}", 3)
     inbox, attempts = world.inbox, world.attempts
     assert len(inbox._sources) <= 50
