@@ -12,6 +12,7 @@ nothing and starts no timers.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -221,6 +222,14 @@ class Fleet:
         self._leave_group(worker, old, now)
         worker.info = info
         worker.draining = info.draining or bool(worker.report and worker.report.draining)
+
+    def holds(self, worker: Worker, last_id: int, hashes: Sequence[bytes]) -> bool:
+        """It holds these blocks after its event `last_id`. True: too old already, ask again."""
+        slot, again = self.index.replace(worker.slot, last_id, hashes)
+        del self.by_slot[worker.slot]
+        self.by_slot[slot] = worker
+        worker.slot = slot
+        return again
 
     def remove(self, worker: Worker, now: float) -> None:
         """Nothing of it is left; its attempts and handles have been taken off it before."""

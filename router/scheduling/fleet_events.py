@@ -338,7 +338,5 @@ class FleetEvents:
 
     def on_kv_snapshot(self, event: KvSnapshotArrived) -> None:
         worker = self._t.fleet.find(event.worker, event.incarnation)
-        if worker is not None and self._t.fleet.index.replace(
-            worker.slot, event.last_id, event.hashes
-        ):
+        if worker is not None and self._t.fleet.holds(worker, event.last_id, event.hashes):
             self._ask_snapshot(worker)

@@ -5,7 +5,7 @@ holds every block before one that it holds), so the points where they change are
 and bisection. What a worker evicted out of order is overcounted; that costs time, never truth.
 
 It knows slots, not workers. The number of (block, worker) pairs is bounded, the oldest blocks go
-first; a slot that left is swept in small steps and reused only when no mask has its bit.
+first; a slot that was left is swept in small steps and reused only when no mask has its bit.
 
 It is the largest thing that a router remembers. So a block is there once, as a piece of its hash
 (`_KEY_MASK`), and a slot has no list of what it holds: when it lets go of everything, its bits are
@@ -29,6 +29,8 @@ _MAX_BEHIND: Final = 4
 _MAX_TRIES: Final = 3
 """Snapshots in a row that may be older than what was held back for them."""
 _SWEEP: Final = 1024
+_MAX_RETIRED: Final = 32
+"""Slots that wait to be swept, before a snapshot sweeps them all: masks stay narrow."""
 _CHUNK: Final = 64
 _MAX_SHARDS: Final = 256
 _MIN_SHARD: Final = 4096
@@ -119,9 +121,9 @@ class _Holder:
 
     __slots__ = ("behind", "bit", "count", "held_back", "limit", "next_id", "tries", "waiting")
 
-    def __init__(self, slot: int, limit: int) -> None:
-        self.bit = 1 << slot
-        """The mask of all blocks that nobody else holds: one int, not one each."""
+    def __init__(self, limit: int) -> None:
+        self.bit = 0
+        """1 << slot. It is the mask of all blocks that nobody else holds: one int, not one each."""
         self.count = 0
         """Blocks that it holds."""
         self.limit = limit
@@ -163,21 +165,29 @@ class PrefixIndex:
     def join(self, num_blocks: int = sys.maxsize) -> int:
         """A slot for a worker that has nothing yet and can hold `num_blocks`: what it claims
         beyond that is not believed, so that it cannot push out what others hold."""
+        return self._seat(_Holder(num_blocks))
+
+    def leave(self, slot: int) -> None:
+        self._unseat(slot)
+        self.sweep()
+
+    def _seat(self, holder: _Holder) -> int:
         if self._free:
             slot = self._free.pop()
         else:
             slot = self._num_slots
             self._num_slots += 1
-        self._holders[slot] = _Holder(slot, num_blocks)
-        self._alive |= 1 << slot
+        holder.bit = 1 << slot
+        self._holders[slot] = holder
+        self._alive |= holder.bit
         return slot
 
-    def leave(self, slot: int) -> None:
+    def _unseat(self, slot: int) -> _Holder:
         holder = self._holders.pop(slot)
         self._let_go(holder)
         self._alive &= ~holder.bit
         self._retired |= holder.bit
-        self.sweep()
+        return holder
 
     def sweep(self, limit: int = _SWEEP) -> None:
         """Look through `limit` blocks or a little more for stale bits. Slots that left and have no
@@ -268,17 +278,20 @@ class PrefixIndex:
     def is_waiting(self, slot: int) -> bool:
         return self._holders[slot].waiting
 
-    def replace(self, slot: int, last_id: int, hashes: Sequence[bytes]) -> bool:
-        """A snapshot after event `last_id`. True: it is too old already, ask again."""
+    def replace(self, slot: int, last_id: int, hashes: Sequence[bytes]) -> tuple[int, bool]:
+        """A snapshot after event `last_id`. The slot from now on: another one if it held something,
+        for that would be dear to find. And True: the snapshot is too old already, ask again."""
         holder = self._holders[slot]
         held_back = holder.held_back
         holder.held_back = []
         holder.waiting = False
         if holder.next_id is not None and last_id + 1 < holder.next_id:
-            return False
-        keys = _keys_of(b"".join(hashes))
-        self._keep_only(set(keys), holder)
-        for key in keys:
+            return slot, False
+        if holder.count:
+            if self._retired.bit_count() >= _MAX_RETIRED:
+                self.sweep(sys.maxsize)
+            slot = self._seat(self._unseat(slot))
+        for key in _keys_of(b"".join(hashes)):
             self._add_pair(key, holder)
         holder.next_id = last_id + 1
         holder.tries += 1
@@ -289,7 +302,7 @@ class PrefixIndex:
             again = self.change(slot, first_id, events) or again
         if not again:
             holder.tries = 0
-        return again
+        return slot, again
 
     def _apply(self, holder: _Holder, first_id: int, events: Sequence[KvEvent]) -> None:
         assert holder.next_id is not None
@@ -314,15 +327,6 @@ class PrefixIndex:
         for number, masks in enumerate(self._shards):
             if masks:
                 self._stale[number] = self._stale.get(number, 0) | holder.bit
-
-    def _keep_only(self, keys: set[int], holder: _Holder) -> None:
-        """Of what it holds. All is looked through; but most is kept, as a rule."""
-        if not holder.count:
-            return
-        bit = holder.bit
-        for masks in self._shards:
-            for key in [key for key, mask in masks.items() if mask & bit and key not in keys]:
-                self._drop_pair(key, holder)
 
     def _wash(self, number: int) -> None:
         """Take the stale bits out of one shard."""

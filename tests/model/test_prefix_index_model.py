@@ -110,7 +110,8 @@ class IndexMachine(RuleBasedStateMachine):
         self.old_snapshots.append((len(self.log), list(self.truth)))
 
     def _give(self, last: int, hashes: list[bytes]) -> None:
-        self.asked |= self.index.replace(self.slot, last, hashes)
+        self.slot, again = self.index.replace(self.slot, last, hashes)
+        self.asked |= again
 
     # -- what must hold
 

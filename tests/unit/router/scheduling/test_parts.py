@@ -198,6 +198,19 @@ def test_a_cached_prefix_draws_the_choice_and_shortens_its_prefill() -> None:
     assert only(bench.feed(other), cmd.StartPrefill).worker != "p33"
 
 
+def test_a_snapshot_takes_the_place_of_what_was_known_before() -> None:
+    bench = Bench()
+    bench.list_workers(*(info(f"p{n}", "prefill") for n in range(40)), info("d", "decode"))
+    blocks = block_hashes(pack_ids(range(200)), 16, seed_of("d"))
+    for number, held in enumerate((blocks[:2], blocks[:8]), 1):
+        bench.feed(ev.KvSnapshotArrived("p33", "p33-1", number, held))
+    assert only(bench.feed(submitted()), cmd.StartPrefill).worker == "p33"
+    view = next(v for v in bench.scheduler.workers() if v.info.worker_id == "p33")
+    assert view.tokens == 200 - 8 * 16
+    bench.feed(ev.KvSnapshotArrived("p33", "p33-1", 3, []))
+    assert only(bench.feed(submitted("c/1")), cmd.StartPrefill).worker != "p33"
+
+
 def test_a_decode_worker_that_has_almost_all_of_it_prefills_the_rest() -> None:
     bench = Bench()
     bench.pd(2)

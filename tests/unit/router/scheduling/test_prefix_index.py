@@ -65,7 +65,8 @@ def test_a_gap_asks_once_and_what_follows_is_kept_for_the_snapshot() -> None:
     assert not index.heard_last(slot, 9)
     assert index.is_waiting(slot)
     assert index.match(hashes_of("c")) == []
-    assert not index.replace(slot, 3, hashes_of("abc"))
+    slot, again = index.replace(slot, 3, hashes_of("abc"))
+    assert not again
     assert depth_of(index.match(hashes_of("abcd")), slot) == 4
     assert not index.is_waiting(slot)
     assert index.heard_last(slot, 9)
@@ -75,10 +76,13 @@ def test_a_snapshot_that_is_too_old_is_asked_for_again_or_ignored() -> None:
     index = PrefixIndex(1000)
     slot = index.join()
     assert index.change(slot, 3, [stored("c")])
-    assert index.replace(slot, 1, hashes_of("a"))
-    assert not index.replace(slot, 2, hashes_of("ab"))
+    slot, again = index.replace(slot, 1, hashes_of("a"))
+    assert again
+    slot, again = index.replace(slot, 2, hashes_of("ab"))
+    assert not again
     assert depth_of(index.match(hashes_of("abc")), slot) == 3
-    assert not index.replace(slot, 1, [])
+    slot, again = index.replace(slot, 1, [])
+    assert not again
     assert depth_of(index.match(hashes_of("abc")), slot) == 3
 
 
@@ -88,7 +92,8 @@ def test_what_is_held_back_is_bounded() -> None:
     index.change(slot, 2, [stored("b")])
     for n in range(3, 200):
         index.change(slot, n, [KvStored(n.to_bytes(16, "big"))])
-    assert not index.replace(slot, 1, hashes_of("a"))
+    slot, again = index.replace(slot, 1, hashes_of("a"))
+    assert not again
     assert index.heard_last(slot, 199)
 
 
@@ -163,8 +168,11 @@ def test_what_a_slot_let_go_of_is_never_found_however_late_it_is_swept(seed: int
                 assert not index.change(slot, said[slot], [KvCleared()])
                 truth[slot] = set()
             case 2:
-                assert not index.replace(slot, said[slot], some)
-                truth[slot] = set(some)
+                fresh, again = index.replace(slot, said[slot], some)
+                assert not again
+                assert fresh == slot or fresh not in truth
+                del truth[slot]
+                truth[fresh], said[fresh] = set(some), said.pop(slot)
             case 3 | 4:
                 said[slot] += 1
                 assert not index.change(slot, said[slot], [KvRemoved(b"".join(some))])
@@ -177,7 +185,32 @@ def test_what_a_slot_let_go_of_is_never_found_however_late_it_is_swept(seed: int
         for block in blocks:
             found = deepest(index.match([block]), 10, 0)
             assert set(found) == {slot for slot, held in truth.items() if block in held}
-    assert index.num_slots < 10
+    assert index.num_slots < 40
+
+
+def test_a_snapshot_is_not_looked_for_among_what_others_hold(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    index = PrefixIndex(100_000)
+    other, slot = index.join(), index.join()
+    index.change(other, 1, [stored("xyz")])
+    index.change(slot, 1, [stored("abc")])
+    monkeypatch.setattr(PrefixIndex, "_wash", pytest.fail)
+    slot, _ = index.replace(slot, 1, hashes_of("ab"))
+    assert depth_of(index.match(hashes_of("abc")), slot) == 2
+    assert depth_of(index.match(hashes_of("xyz")), other) == 3
+    index.validate()
+
+
+def test_snapshots_without_end_take_no_slots_without_end() -> None:
+    index = PrefixIndex(100_000)
+    slot = index.join()
+    for _ in range(500):
+        slot, again = index.replace(slot, 1, hashes_of("abc"))
+        assert not again
+    index.validate()
+    assert index.num_slots < 40
+    assert index.num_pairs < 40 * 3
 
 
 def test_what_nobody_holds_any_more_goes_before_what_somebody_holds() -> None:
@@ -253,7 +286,8 @@ def test_a_worker_holds_no_more_than_it_can() -> None:
     index.change(honest, 1, [stored("abc")])
     blocks = [n.to_bytes(16, "big") for n in range(5000)]
     index.change(liar, 1, [KvStored(b"".join(blocks))])
-    index.replace(liar, 5, blocks)
+    liar, _ = index.replace(liar, 5, blocks)
+    index.sweep()
     assert index.num_pairs == 13
     assert depth_of(index.match(hashes_of("abc")), honest) == 3
     index.validate()
@@ -265,7 +299,8 @@ def test_a_number_that_runs_ahead_of_the_reports_is_not_believed_for_ever() -> N
     index.change(slot, 1, [stored("a")] * 50)
     asked = [index.heard_last(slot, 3) for _ in range(4)]
     assert asked == [False, False, False, True]
-    assert not index.replace(slot, 3, hashes_of("xyz"))
+    slot, again = index.replace(slot, 3, hashes_of("xyz"))
+    assert not again
     assert depth_of(index.match(hashes_of("xyz")), slot) == 3
     index.change(slot, 4, [stored("w")])
     assert index.match(hashes_of("w")) != []
@@ -275,7 +310,7 @@ def test_a_report_that_a_snapshot_overtook_asks_for_nothing() -> None:
     index = PrefixIndex(1000)
     slot = index.join()
     index.change(slot, 3, [stored("c")])
-    index.replace(slot, 9, hashes_of("abc"))
+    slot, _ = index.replace(slot, 9, hashes_of("abc"))
     assert not any(index.heard_last(slot, last) for last in (4, 6, 9, 4, 9))
 
 
@@ -283,8 +318,9 @@ def test_nonsense_that_was_held_back_does_not_ask_for_ever() -> None:
     index = PrefixIndex(1000)
     slot = index.join()
     assert index.change(slot, 10**9, [stored("z")])
-    again = [index.replace(slot, 2, hashes_of("ab")) for _ in range(4)]
-    assert again == [True, True, False, False]
+    for wanted in (True, True, False, False):
+        slot, again = index.replace(slot, 2, hashes_of("ab"))
+        assert again is wanted
     assert not index.is_waiting(slot)
     assert depth_of(index.match(hashes_of("ab")), slot) == 2
     assert index.match(hashes_of("z")) == []
