@@ -178,9 +178,15 @@ async def test_the_same_over_the_bus(fleet: Fleet) -> None:
     client = await nats.connect(fleet.nats_url)
     try:
         for request_id, subject, body, status, code in (
-            ("bus-1", "completions", b"{", "400", "invalid_json"),
-            ("bus-2", "no.such.endpoint", b"{}", "404", "not_found"),
-            ("bus-3", "completions", b'{"model":"nobody","prompt":"x"}', "404", "model_not_found"),
+            ("told-bus-1", "completions", b"{", "400", "invalid_json"),
+            ("told-bus-2", "no.such.endpoint", b"{}", "404", "not_found"),
+            (
+                "told-bus-3",
+                "completions",
+                b'{"model":"nobody","prompt":"x"}',
+                "404",
+                "model_not_found",
+            ),
         ):
             inbox = client.new_inbox()
             replies = await client.subscribe(inbox)

@@ -224,6 +224,9 @@ DECODERS: Final[tuple[Decoder, ...]] = (
     Decoder("config.environment", fronts.environment, fronts.environments, (ConfigError,), "json"),
     Decoder("config.processes", fronts.processes_file, fronts.processes_files, (ConfigError,),
             "json", covers=("baton/up.py:open_processes",)),
+    Decoder("router.block_hashes", fronts.block_hashes, fronts.many_hashes, (), "bytes",
+            lambda index: index.validate(),
+            covers=("router/scheduling/prefix_index.py:_keys_of",)),
     Decoder(
         "tcp.request", lambda data: decode_request(_sized(data, 32)),
         lambda: [encode_request(Request(3, 7, 2**63, 8192))], (Broken,),
@@ -272,6 +275,7 @@ EXEMPT: Final = {
     "worker/transfer/ucx_sink.py:_exchange": "eight bytes: every value is one",
     "worker/engine/simulated_choice.py:_number": "a digest of our own",
     "worker/engine/torch_sampling.py:uniform": "a digest of our own",
+    "router/scheduling/prefix_index.py:_mask": "a digest of our own",
     "baton/up.py:_get_json": "the answer of a process that we started; what is no object is none",
     "router/admin.py:_cluster_info": "the answer of a router with our own parent",
     "baton/up.py:_say_how_to_ask": "only encodes",

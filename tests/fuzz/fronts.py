@@ -17,6 +17,7 @@ from baton.up import open_processes
 from discovery.changes import decode_worker
 from protocol.blocks import unpack_ids
 from protocol.errors import ConfigError
+from protocol.events import KvRemoved, KvStored
 from protocol.jobs import Tokens
 from protocol.subjects import Subjects
 from protocol.worker_info import Capacity, KvLayout, WorkerInfo
@@ -24,6 +25,7 @@ from router.catalog import Catalog, text_of
 from router.config import RouterConfig
 from router.requests import Front, Prepared
 from router.sampling_options import read_defaults
+from router.scheduling.prefix_index import PrefixIndex
 from tests.fuzz.scratch import scratch_folder
 from text.assets import ModelAssets, byte_assets, encode, load_assets, make_assets
 from text.assets import decode as decode_assets
@@ -48,6 +50,26 @@ def registry_value(data: bytes) -> WorkerInfo:
     if info is None:
         raise Unreadable
     return info
+
+
+# -- workers
+
+
+def block_hashes(data: bytes) -> PrefixIndex:
+    """Of a KV event, by their lengths anything; as if stored, told again in a snapshot and half of
+    them removed."""
+    index = PrefixIndex(100)
+    slot = index.join(20)
+    index.change(slot, 1, [KvStored(data)])
+    slot, _ = index.replace(slot, 1, [data[at : at + 16] for at in range(0, len(data), 16)])
+    index.change(slot, 2, [KvRemoved(data[: len(data) // 2])])
+    index.match([data[:16], data[16:]])
+    return index
+
+
+@cache
+def many_hashes() -> list[bytes]:
+    return [bytes(range(256)), bytes(15), b""]
 
 
 # -- clients' bodies
