@@ -202,7 +202,9 @@ class AttemptEvents:
             self._mover.move(attempt, code, exclude=False, done=True, keep_handle=False)
         else:
             blame = code == "transfer_failed"
-            self._mover.move(attempt, code, done=True, blame_handle=blame)
+            # Who could not pull from a source that had gone away has not failed.
+            exclude = not (blame and choice.lent is not None and choice.lent.is_doubtful)
+            self._mover.move(attempt, code, exclude=exclude, done=True, blame_handle=blame)
 
     def on_gap_seen(self, event: GapSeen) -> None:
         t = self._t

@@ -159,6 +159,12 @@ class Lent:
         self.expires_at: float | None = None
         """From then on nobody may begin to pull it; None where it is renewed."""
 
+    @property
+    def is_doubtful(self) -> bool:
+        """Its lender is suspected, silent or gone: a pull that failed says nothing of the puller."""
+        lender = self.reservation.worker
+        return lender.suspected or lender.dead or not lender.live
+
 
 class Choice:
     """What one client waits for."""

@@ -139,7 +139,7 @@ class Front(Dispatch):
         now = self._clock()
         if isinstance(event, ev.AttemptFailed) and event.code in ("transfer_failed", "engine"):
             attempt = self._attempts.live.get(event.attempt)
-            if attempt is not None:
+            if attempt is not None and not self._lacked_its_source(attempt.choice.id, event):
                 self.failed[attempt.choice.id] = attempt.incarnation
         for command in self.scheduler.handle(event, now):
             self._run(command, now)
@@ -154,6 +154,11 @@ class Front(Dispatch):
         if failed == command.incarnation and self._could_go_elsewhere(failed):
             self.wrong = f"{command.choice} goes to {failed} again, which has just failed it"
         super()._start(command, now)
+
+    def _lacked_its_source(self, choice: str, event: ev.AttemptFailed) -> bool:
+        """Whether a pull failed whose source has gone away, as far as the router knows."""
+        lent = self.scheduler._t.choices[choice].lent
+        return event.code == "transfer_failed" and lent is not None and lent.is_doubtful
 
     def _could_go_elsewhere(self, incarnation: str) -> bool:
         """Whether a worker of the same role is eligible and idle."""

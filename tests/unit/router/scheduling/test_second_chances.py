@@ -54,6 +54,16 @@ def test_a_failed_pull_goes_to_another_decode_worker_with_the_same_handle(
     ]
 
 
+def test_who_could_not_pull_from_a_lost_source_has_not_failed() -> None:
+    """Else one death excludes two workers, and the next choice of a worker is among the others."""
+    bench = Bench()
+    bench.pd(1)
+    bench.to_transfer()
+    bench.feed(ev.WorkerUnreachable("p", "p-1"))
+    bench.feed(failed(2, "transfer_failed"))
+    assert bench.scheduler._t.choices["c/0"].tries.excluded == set()
+
+
 def test_a_source_whose_handle_fails_twice_is_not_trusted_again() -> None:
     bench = Bench()
     bench.list_workers(info("q", "prefill"))
