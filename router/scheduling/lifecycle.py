@@ -161,7 +161,7 @@ class Lent:
 
     @property
     def is_doubtful(self) -> bool:
-        """Its lender is suspected, silent or gone: a pull that failed says nothing of the puller."""
+        """Its lender is suspected, silent or gone: who could not pull it has not failed."""
         lender = self.reservation.worker
         return lender.suspected or lender.dead or not lender.live
 
