@@ -138,7 +138,7 @@ FOUND_BY: Final[dict[str, int]] = {
     "resume off by one": 1,
     "gap overlooked": 3,
     "replay lost": 138,
-    "excluded again": 208,
+    "excluded again": 494,
     "deadline not re-armed": 30,
     "stall not noticed": 1,
     "leases do not expire": 26,

@@ -85,6 +85,7 @@ class Stepper:
         self._nonce = nonce
         self._interrupt = interrupt
         self._inbox: deque[Message] = deque()
+        self._cancel_waits = False
         self._wake = threading.Event()
         self._stopping = False
         self._collapsed = False
@@ -136,6 +137,7 @@ class Stepper:
 
     def cancel(self, key: JobKey) -> None:
         self._started().forget(key)
+        self._cancel_waits = True  # first: the thread may take it at once
         self._post(Cancel(key))
 
     def renew(self, handle_ids: Sequence[str]) -> None:
@@ -146,9 +148,11 @@ class Stepper:
 
     def load(self) -> Load:
         """As the thread left it, and what it has not come to since: one that hangs in its first
-        step would seem idle for ever."""
+        step would seem idle for ever, and again once its jobs were taken away."""
         load, delivery = self._load, self._delivery
-        unseen = delivery.num_open - load.running - load.waiting if delivery is not None else 0
+        known = load.running + load.waiting
+        num_open = delivery.num_open if delivery is not None else 0
+        unseen = max(num_open, int(self._cancel_waits)) - known
         if unseen <= 0:
             return load
         return msgspec.structs.replace(load, waiting=load.waiting + unseen)
@@ -298,6 +302,7 @@ class Stepper:
 
     def _turn(self, core: EngineCore, delivery: OutputDelivery) -> bool:
         now = self._clock()
+        self._cancel_waits = False
         while self._inbox:
             core.handle(self._inbox.popleft(), now)
         more = core.turn(now)
@@ -312,6 +317,7 @@ class Stepper:
         return None if deadline is None else max(0.0, deadline - now)
 
     def _refuse(self, core: EngineCore, delivery: OutputDelivery) -> None:
+        self._cancel_waits = False
         while self._inbox:
             self._send(delivery, core.refuse(self._inbox.popleft()))
 
