@@ -161,9 +161,10 @@ class Lent:
 
     @property
     def is_doubtful(self) -> bool:
-        """Its lender is suspected, silent or gone: who could not pull it has not failed."""
+        """Its lender is silent, gone or unheard: who could not pull it has not failed. (Suspected
+        is not enough: it may be so because of the pulls, and then it may be the wire.)"""
         lender = self.reservation.worker
-        return lender.suspected or lender.dead or not lender.live
+        return lender.dead or not lender.live or lender.unreachable_at is not None
 
 
 class Choice:

@@ -64,6 +64,19 @@ def test_who_could_not_pull_from_a_lost_source_has_not_failed() -> None:
     assert bench.scheduler._t.choices["c/0"].tries.excluded == set()
 
 
+def test_who_could_not_pull_from_a_source_that_pulls_made_suspect_has_failed() -> None:
+    """It may be the wire: the choice shall meet other workers, until it does without the wire."""
+    bench = Bench()
+    bench.pd(3)
+    bench.to_transfer("c/0")
+    start = bench.to_transfer("c/1")[1]
+    again = only(bench.feed(failed(2, "transfer_failed")), cmd.StartDecode)
+    out = bench.feed(failed(again.attempt, "transfer_failed"))
+    assert ("suspected", "not_pulled") in notes(out)
+    bench.feed(failed(start.attempt, "transfer_failed"))
+    assert bench.scheduler._t.choices["c/1"].tries.excluded == {start.incarnation}
+
+
 def test_a_source_whose_handle_fails_twice_is_not_trusted_again() -> None:
     bench = Bench()
     bench.list_workers(info("q", "prefill"))
