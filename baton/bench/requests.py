@@ -1,7 +1,8 @@
 """`baton bench requests`: what a whole disaggregated request costs each process.
 
-Two tokens each, so that both legs run and a KV handle changes hands. The floor is a server that
-answers a constant to the same client in the same round, so HTTP without a router.
+Two tokens each, so that both legs run and a KV handle changes hands. Two floors answer the same
+client in the same round: a server with a constant, so HTTP without a router; and a bare router over
+the same nats-server, so what the libraries under Baton's router take for the same way.
 """
 
 import argparse
@@ -10,20 +11,23 @@ import json
 import time
 from typing import Final
 
+from baton.bench.bare_router import bare_router
 from baton.bench.canned import floor
 from baton.bench.client import Answer, chat, closed_loop
-from baton.bench.fleet import OTHER_COLUMNS, Fleet, Shape, running
+from baton.bench.fleet import OTHER_COLUMNS, Fleet, Process, Shape, running
 from baton.bench.prompts import PROMPTS, texts
 from baton.bench.report import Row, percentile, progress
 from protocol.errors import ConfigError
 
 TITLE = (
-    "CPU-µs per request of two tokens; medians of the rounds. floor: a constant answer, no router"
+    "CPU-µs per request of two tokens; medians of the rounds. floor: a constant answer; "
+    "bare router: the same libraries and messages, no decisions"
 )
 COLUMNS = {
     "prompt_tokens": "prompt tokens",
     "router": "router",
     "floor": "floor",
+    "bare": "bare router",
     "ratio": "router / floor",
     **OTHER_COLUMNS,
     "rate": "requests/s",
@@ -51,7 +55,11 @@ async def measure(args: argparse.Namespace, stop: asyncio.Event, rows: list[Row]
     cases = [(name, int(text)) for name in prompts for text in args.concurrency.split(",")]
     rows.extend(Row(f"{name}, {concurrency} at once") for name, concurrency in cases)
     shape = Shape.of(args)
-    async with running(shape) as fleet, floor(0.0) as (port, process):
+    async with (
+        running(shape) as fleet,
+        floor(0.0) as canned,
+        bare_router(fleet.nats_port) as bare,
+    ):
         await closed_loop(fleet.port, [chat("warm up", 2, stream=True)] * 500, 32)
         serial = 0
         for number in range(args.rounds):
@@ -65,11 +73,17 @@ async def measure(args: argparse.Namespace, stop: asyncio.Event, rows: list[Row]
                     for i in range(count)
                 ]
                 serial += count
-                before = process.cpu_ns()
-                await closed_loop(port, asked, concurrency)
-                bare = (process.cpu_ns() - before) / 1e3 / count
+                floor_us = await _each_us(*canned, asked, concurrency)
+                bare_us = await _each_us(*bare, asked, concurrency)
                 figures = await _of_fleet(fleet, asked, concurrency)
-                row.add(**figures, floor=bare, ratio=figures["router"] / bare)
+                ratio = figures["router"] / floor_us
+                row.add(**figures, floor=floor_us, bare=bare_us, ratio=ratio)
+
+
+async def _each_us(port: int, process: Process, asked: list[bytes], concurrency: int) -> float:
+    before = process.cpu_ns()
+    await closed_loop(port, asked, concurrency)
+    return (process.cpu_ns() - before) / 1e3 / len(asked)
 
 
 async def _of_fleet(fleet: Fleet, asked: list[bytes], concurrency: int) -> dict[str, float]:

@@ -8,11 +8,13 @@ import os
 import signal
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
 from baton.bench import canned, prompts
+from baton.bench.bare_router import bare_router
 from baton.bench.canned_bus import bus_floor, bus_way
 from baton.bench.client import Client, chat, closed_loop
 from baton.bench.command import add_arguments, run_bench
@@ -22,6 +24,7 @@ from baton.main import main
 from protocol.errors import ConfigError
 from tests.contract.nats_server import NatsServer
 from text.assets import load_assets
+from text.template import ChatTemplate
 from text.tokenizer import Tokenizer
 
 TOKENS = ["tokens", "--streams=3,5", "--tokens=4", "--step-ms=5", "--rounds=2"]
@@ -124,6 +127,34 @@ async def test_the_floors_off_nats_say_as_much_as_the_other(tmp_path: Path) -> N
             with pytest.raises(TimeoutError):
                 async with asyncio.timeout(0.2):
                     await said_to(port, request)
+    finally:
+        nats.kill()
+
+
+async def test_the_bare_router_reads_as_ours_does_and_runs_both_legs_over_nats(
+    tmp_path: Path,
+) -> None:
+    assets = load_assets(demo_model_folder())
+    prompt = ChatTemplate.from_assets(assets).render(
+        [{"role": "user", "content": "hello"}], now=datetime.now(UTC)
+    )
+    num_tokens = len(Tokenizer.from_assets(assets).encode(prompt, add_special_tokens=False))
+    nats = NatsServer(tmp_path)
+    nats.start()
+    try:
+        async with bare_router(nats.port) as (port, process):
+            answers = await closed_loop(port, [chat("hello", 2, stream=False)] * 40, 8)
+            assert len(answers) == 40
+            for answer in answers:
+                said = json.loads(answer.body)
+                assert said["choices"][0]["message"]["content"] == " word word"
+                assert said["usage"]["prompt_tokens"] == num_tokens
+            assert b" word word" in await said_to(port, chat("hello", 2, stream=True))
+            assert process.cpu_ns() > 0
+            nats.freeze()
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.2):
+                    await said_to(port, chat("hello", 2, stream=True))
     finally:
         nats.kill()
 
