@@ -8,6 +8,7 @@ its own moment). A killed process's subscriptions end at once, a frozen one's st
 duplicated: core NATS does not, and the port promises that it does not.
 """
 
+import asyncio
 import random
 from collections.abc import Callable
 from itertools import count
@@ -48,7 +49,15 @@ class SimBus(MemoryBus):
             forget(one)
             self._sim.routes.clear()
 
+        async def drain(*, timeout_s: float) -> None:
+            subscription._forget(subscription)
+            if self.connected:  # what the server has sent by now is on its way
+                await asyncio.sleep(min(timeout_s, SLOW_S[1]))
+            await type(subscription).drain(subscription, timeout_s=timeout_s)
+
         subscription._forget = forgotten
+        subscription.drain = drain  # type: ignore[method-assign]
+        self._sim.has_groups |= bool(queue)
         self._sim.routes.clear()
         return subscription
 
@@ -74,6 +83,8 @@ class SimHub(MemoryHub):
         """Share of messages that vanish without a word."""
         self.slow: dict[str, float] = {}
         """By process: the share that it is too slow to take, and is told of."""
+        self.has_groups = False
+        """Whether anybody ever subscribed with a queue group."""
         self.routes: dict[str, list[tuple[SimBus, Any]]] = {}
         self.numbers = count(1)
         self.num_delivered = 0
@@ -153,7 +164,7 @@ class SimHub(MemoryHub):
                 self._deliver(sender, sender, subscription, nobody)
 
     def _chosen(self, subject: str) -> list[tuple[SimBus, Any]]:
-        """Queue groups are not used by what is simulated."""
+        """All who listen, and one of each queue group."""
         found = self.routes.get(subject)
         if found is None:
             found = [
@@ -165,7 +176,14 @@ class SimHub(MemoryHub):
             ]
             if not subject.startswith("_INBOX"):
                 self.routes[subject] = found
-        return found
+        return self._one_of_each_group(found) if self.has_groups else found
+
+    def _one_of_each_group(self, found: list[tuple[SimBus, Any]]) -> list[tuple[SimBus, Any]]:
+        groups: dict[str, list[tuple[SimBus, Any]]] = {}
+        for one in found:
+            groups.setdefault(one[1].queue, []).append(one)
+        everyone = groups.pop("", [])
+        return everyone + [self._rng.choice(members) for members in groups.values()]
 
     def _deliver(self, sender: SimBus, bus: SimBus, subscription: Any, message: Message) -> None:
         rng = self._rng
