@@ -84,6 +84,7 @@ class Dispatch:
         self._is_reading = False
         self._has_news = False
         self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = 0.0
         self._lost_timer: asyncio.TimerHandle | None = None
         self._tasks: asyncio.TaskGroup | None = None
         self._jobs = JobMail(bus, subjects, router_id, metrics.bus_lost)
@@ -233,15 +234,16 @@ class Dispatch:
 
     def _arm(self) -> None:
         deadline = self.scheduler.next_deadline()
-        timer = self._timer
         if deadline is None:
             return
-        if timer is not None and timer.when() <= deadline:
-            return
-        if timer is not None:
-            timer.cancel()
+        if self._timer is not None:
+            if self._timer_at <= deadline:
+                return
+            self._timer.cancel()
         loop = asyncio.get_running_loop()
-        self._timer = loop.call_at(max(deadline, loop.time() + _TICK_S), self._tick)
+        # Remembered, not asked for: a handle of uvloop's that is due at once knows no time.
+        self._timer_at = max(deadline, loop.time() + _TICK_S)
+        self._timer = loop.call_at(self._timer_at, self._tick)
 
     def _tick(self) -> None:
         self._timer = None

@@ -3,12 +3,14 @@
 import asyncio
 
 import pytest
+import uvloop
 
 from protocol.bus import BusEvent
 from protocol.errors import LocalError
 from protocol.events import Beat
 from protocol.jobs import Cancel, Decode, Done, Prefill, Release, Replay
 from protocol.out import Decoding, Prefilled, StepFrame
+from router import dispatch
 from router.scheduling.limits import Limits
 from tests.unit.router.dispatch_world import (
     SUBJECTS,
@@ -47,6 +49,22 @@ async def test_what_one_turn_says_to_one_worker_is_one_envelope() -> None:
             world.submit(f"q{number}/0")
         await p.job(Prefill, 2)
         assert len(p.envelopes) == 1
+
+
+def test_a_deadline_that_is_due_at_once_is_no_trouble(monkeypatch: pytest.MonkeyPatch) -> None:
+    """uvloop's handle of such a timer knows no time; a process that stands still for a moment
+    between looking at the clock and arming gets one."""
+    monkeypatch.setattr(dispatch, "_TICK_S", 0.0)
+
+    async def submit_two() -> None:
+        async with dispatching(Limits(accept_timeout_s=0.0)) as world:
+            p = await world.worker("p", "prefill")
+            await world.worker("d", "decode")
+            world.submit("q0/0")
+            world.submit("q1/0")
+            await p.job(Prefill, 1)
+
+    uvloop.run(submit_two())
 
 
 async def test_nobody_listening_moves_the_job_at_once() -> None:
