@@ -105,6 +105,8 @@ def _is_legitimate(fleet: "Fleet", client: Client, code: str) -> bool:
     is_too_much = _felt(fleet, "burst", begin - BURST_S, end) or _is_full(fleet, begin)
     if code in _OVERLOAD and is_too_much:
         return True
+    if code == "queue_timeout" and _away_s(fleet, begin, end) > (end - begin) / 2:
+        return True  # an outage stops no queue's clock, and what ran before it holds its blocks
     troubles = _troubles(fleet, begin, end)
     if code == "no_decode_worker":
         deaf = [t.began_at for t in troubles if t.kind.startswith("router")]
@@ -179,6 +181,12 @@ def _troubles(fleet: "Fleet", begin: float, end: float) -> list["Trouble"]:
 
 def _felt(fleet: "Fleet", kind: str, begin: float, end: float) -> bool:
     return any(t.kind == kind and t.began_at <= end and begin <= t.ended_at for t in fleet.troubles)
+
+
+def _away_s(fleet: "Fleet", begin: float, end: float) -> float:
+    """How long of this time there was no bus."""
+    outages = [t for t in fleet.troubles if t.kind == "bus_down"]
+    return sum(max(0.0, min(end, t.ended_at) - max(begin, t.began_at)) for t in outages)
 
 
 # -- the fleet at rest
