@@ -105,8 +105,9 @@ def _is_legitimate(fleet: "Fleet", client: Client, code: str) -> bool:
     is_too_much = _felt(fleet, "burst", begin - BURST_S, end) or _is_full(fleet, begin)
     if code in _OVERLOAD and is_too_much:
         return True
-    if code == "queue_timeout" and _away_s(fleet, begin, end) > (end - begin) / 2:
-        return True  # an outage stops no queue's clock, and what ran before it holds its blocks
+    has_little_time = _away_s(fleet, begin, end) > (end - begin) / 2  # it stops no queue's clock
+    if code == "queue_timeout" and has_little_time and _older_ones_run(fleet, begin, end):
+        return True
     troubles = _troubles(fleet, begin, end)
     if code == "no_decode_worker":
         deaf = [t.began_at for t in troubles if t.kind.startswith("router")]
@@ -187,6 +188,14 @@ def _away_s(fleet: "Fleet", begin: float, end: float) -> float:
     """How long of this time there was no bus."""
     outages = [t for t in fleet.troubles if t.kind == "bus_down"]
     return sum(max(0.0, min(end, t.ended_at) - max(begin, t.began_at)) for t in outages)
+
+
+def _older_ones_run(fleet: "Fleet", begin: float, end: float) -> bool:
+    """Whether what came before `begin` still held its blocks at the end."""
+    return any(
+        client.submitted_at < begin and (client.over_at is None or client.over_at > end)
+        for client in fleet.clients
+    )
 
 
 # -- the fleet at rest

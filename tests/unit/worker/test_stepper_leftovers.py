@@ -238,7 +238,18 @@ async def test_an_engine_that_hangs_in_its_first_step_does_not_seem_idle() -> No
         assert (w.stepper.load().running, w.stepper.load().waiting) == (0, 2)
         w.stepper.cancel(second)
         assert w.stepper.load().waiting == 1
-        w.stepper.cancel(first)  # nothing is left to do, but it has not come to know that
+        w.runner.open()
+        await w.over(first)
+        await w.idle()
+        assert (w.stepper.load().running, w.stepper.load().waiting) == (0, 0)
+
+
+async def test_an_engine_that_hangs_does_not_seem_idle_when_its_jobs_were_taken_away() -> None:
+    async with running() as w:
+        w.runner.shut()
+        only = w.decode(prompt_of(10), Sampling(max_tokens=2))
+        await w.runner.entered.wait()
+        w.stepper.cancel(only)
         assert w.stepper.load().waiting == 1
         w.runner.open()
         await w.idle()
