@@ -8,6 +8,8 @@ What nats-py leaves to us, and where it is done:
   to our own inbox instead.
 - Its `unsubscribe` forgets what the server still sends us, its `drain` flushes: we go by steps.
 - Its outbound bound suspends the publisher after the message was taken: we check before.
+- It may swallow a cancel while it connects (its `asyncio.wait_for` does, before Python 3.12, when
+  the line it waits for comes in the same turn) and then connects for ever: `_stop` asks again.
 """
 
 import asyncio
@@ -170,9 +172,8 @@ class NatsBus:
     async def close(self) -> None:
         if self._closed:
             return
-        while self._keeper is not None and not self._keeper.done():
-            self._keeper.cancel()  # Again, should nats-py have swallowed the first one.
-            await asyncio.wait([self._keeper], timeout=0.5)
+        if self._keeper is not None:
+            await _stop(self._keeper)
         if self.connected:
             try:
                 await self.flush(timeout_s=self._config.close_timeout_s)
@@ -195,18 +196,23 @@ class NatsBus:
         try:
             options = connect_options(self._config)
             self._wire = client._transport = _Wire(tls_only="tls" in options)
-            await client.connect(
-                error_cb=self._on_error,
-                disconnected_cb=self._on_down,
-                reconnected_cb=self._on_up,
-                **options,
+            connecting = asyncio.ensure_future(
+                client.connect(
+                    error_cb=self._on_error,
+                    disconnected_cb=self._on_down,
+                    reconnected_cb=self._on_up,
+                    **options,
+                )
             )
+            try:
+                await asyncio.wait([connecting])
+            except asyncio.CancelledError:
+                await _stop(connecting)
+                self._wire.abandon()
+                raise
+            connecting.result()
         except (errors.Error, OSError, ImportError, ValueError) as error:
             raise ConfigError(f"bus: {error}") from error
-        except asyncio.CancelledError:
-            if self._wire is not None:
-                self._wire.abandon()
-            raise
         self._client = client
         for subscription in list(self._subscriptions):
             await self._bind(subscription, client)
@@ -335,6 +341,15 @@ class _Wire(TcpTransport):
 
     def __bool__(self) -> bool:
         return True
+
+
+async def _stop(task: asyncio.Future[None]) -> None:
+    """Cancel it until it has ended, however it ends."""
+    while not task.done():
+        task.cancel()
+        await asyncio.wait([task], timeout=0.5)
+    if not task.cancelled():
+        task.exception()  # Nobody is left to whom it would matter.
 
 
 def _send(

@@ -13,6 +13,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from nats.aio.transport import TcpTransport
 
 from protocol.errors import BusError, BusOverflow, ConfigError, LocalError
 from protocol.nats_bus import NatsBus, NatsConfig
@@ -233,6 +234,27 @@ async def test_tls_never_falls_back_to_plain_text(
     config = NatsConfig(urls=(f"tls://127.0.0.1:{server.port}",), password="x", user="y")
     (said,) = await refused(config, caplog)
     assert "offers no TLS" in said
+
+
+async def test_a_cancel_in_the_turn_in_which_the_server_speaks_ends_the_start(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What nats-py waits with loses such a cancel, and its attempts would go on for ever."""
+    server = serve("")
+    config = NatsConfig(urls=(f"tls://127.0.0.1:{server.port}",), reconnect_wait_s=0.01)
+    bus = NatsBus(config)
+    starting = asyncio.ensure_future(bus.start())
+    readline = TcpTransport.readline
+
+    async def speak(self: TcpTransport) -> bytes:
+        line: bytes = await readline(self)
+        starting.cancel()
+        return line
+
+    monkeypatch.setattr(TcpTransport, "readline", speak)
+    await asyncio.wait([starting], timeout=PATIENCE_S)
+    assert starting.cancelled()
+    await bus.close()
 
 
 @pytest.mark.parametrize(
