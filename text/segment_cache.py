@@ -72,13 +72,19 @@ def _trie_source(trie: Mapping[str, Any]) -> str:
 
 
 class SegmentCache:
-    """An LRU from segment to ids, bounded by bytes. Safe to use from several threads."""
+    """An LRU from segment to ids, bounded by bytes. Safe to use from several threads.
 
-    def __init__(self, specials: Mapping[str, int], *, max_bytes: int = MAX_BYTES) -> None:
+    Segments shorter than `min_chars` are encoded each time, where that costs less.
+    """
+
+    def __init__(
+        self, specials: Mapping[str, int], *, max_bytes: int = MAX_BYTES, min_chars: int = 1
+    ) -> None:
         self._specials = dict(specials)
         self._pattern = splitting_pattern(self._specials) if self._specials else None
         self._entries: OrderedDict[str, array[int]] = OrderedDict()
         self._max_bytes = max_bytes
+        self._min_chars = min_chars
         self._num_bytes = 0
         self._lock = threading.Lock()
 
@@ -115,7 +121,7 @@ class SegmentCache:
         return ids
 
     def _remember(self, segment: str, ids: list[int]) -> None:
-        if len(segment) > MAX_SEGMENT_CHARS:
+        if not self._min_chars <= len(segment) <= MAX_SEGMENT_CHARS:
             return
         packed = array("I", ids)
         with self._lock:

@@ -23,12 +23,15 @@ from text.assets import (
 )
 from text.decoding import ByteDecoding, Decoding, read_decoding
 from text.segment_cache import MAX_BYTES, SegmentCache, is_safe, splitting_pattern
+from text.word_cache import WordCache, word_pattern
 
 # Read at each call. One text at a time has nothing to share out; the threads would only be woken.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 LONG_TEXT_CHARS = 16_384
 """From here on encoding takes milliseconds and belongs in a thread (it lets go of the GIL)."""
+MIN_REMEMBERED_CHARS = 256
+"""Of a segment that is encoded by words: shorter ones are that as soon as they are looked up."""
 
 _SINGLE_TOKENS = (
     "bos_token",
@@ -170,16 +173,24 @@ class _HuggingFaceBackend:
         self.special_ids = named | {token_id for token_id, token in added.items() if token.special}
         self.decoding = read_decoding(description.get("decoder"))
         self._cache: SegmentCache | None = None
+        self._words: WordCache | None = None
         if cache_bytes and is_safe(description) and _are_plain(added.values()):
             # tokens that are sought in normalised text are left to the library, in their segment
-            words = {t.content: i for i, t in added.items() if not t.normalized and t.content}
-            self._cache = SegmentCache(words, max_bytes=cache_bytes)
+            tokens = {t.content: i for i, t in added.items() if t.content}
+            splits = {t.content: i for i, t in added.items() if not t.normalized and t.content}
+            pattern = word_pattern(description) if splits == tokens else None
+            if pattern is not None:
+                self._words = WordCache(pattern, self._encode_batch)
+            min_chars = MIN_REMEMBERED_CHARS if self._words is not None else 1
+            self._cache = SegmentCache(splits, max_bytes=cache_bytes, min_chars=min_chars)
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         if add_special_tokens or self._cache is None:
             encoded = self._inner.encode_batch_fast([text], add_special_tokens=add_special_tokens)
             return list(encoded[0].ids)
-        return self._cache.encode(text, self._encode_batch)
+        # a long text is encoded in a thread, and only the library lets go of the GIL
+        by_words = self._words is not None and not is_long(text)
+        return self._cache.encode(text, self._encode_short if by_words else self._encode_batch)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         return str(self._inner.decode(ids, skip_special_tokens=skip_special_tokens))
@@ -191,6 +202,11 @@ class _HuggingFaceBackend:
     def id_of(self, token: str) -> int | None:
         token_id: int | None = self._inner.token_to_id(token)
         return token_id
+
+    def _encode_short(self, texts: list[str]) -> list[list[int]]:
+        assert self._words is not None
+        by_words = self._words.encode
+        return [by_words(t) if t.isascii() else self._encode_batch([t])[0] for t in texts]
 
     def _encode_batch(self, texts: list[str]) -> list[list[int]]:
         # only the batch calls of the library let go of the GIL

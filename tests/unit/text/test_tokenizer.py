@@ -60,6 +60,19 @@ def test_known_text_is_not_encoded_again() -> None:
     assert asked == ["one", "three", "four"]
 
 
+def test_short_segments_may_be_left_out() -> None:
+    cache = SegmentCache({"<a>": 1}, min_chars=4)
+    asked: list[str] = []
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        asked.extend(texts)
+        return [[len(text) + 10] for text in texts]
+
+    for _ in range(2):
+        assert cache.encode("one<a>four", encode) == [13, 1, 14]
+    assert asked == ["one", "four", "one"]
+
+
 def test_the_cache_is_bounded_by_bytes_and_forgets_the_oldest() -> None:
     cache = SegmentCache({}, max_bytes=2_000)
     asked: list[str] = []
