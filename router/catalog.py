@@ -11,6 +11,8 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Final
 
+from msgspec import Struct
+
 from protocol.bus import Bus
 from protocol.codec import encode
 from protocol.errors import BusError, ClientError
@@ -43,8 +45,7 @@ class Text:
     defaults: Defaults
 
 
-@dataclass(frozen=True, slots=True)
-class ServedModel:
+class ServedModel(Struct, frozen=True):
     """What the front needs to turn a body into choices."""
 
     name: str

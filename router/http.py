@@ -34,12 +34,28 @@ _log = logging.getLogger("baton.router")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 Prepare = Callable[[bytes, str], Awaitable[Prepared]]
 
+_ID_BYTES: Final = 12
+_IDS_AT_ONCE: Final = 64
 _OPEN: Final = frozenset({"/health", "/live", "/ready", "/metrics", "/version"})
 """Paths that need no API key: probes and scrapers."""
 
 
-def new_request_id() -> str:
-    return secrets.token_hex(12)
+class RequestIds:
+    """Fresh ids that nobody can guess. Random bytes are a system call, so one serves for many."""
+
+    def __init__(self, random_hex: Callable[[int], str] = secrets.token_hex) -> None:
+        self._random_hex = random_hex
+        self._ids: list[str] = []
+
+    def __call__(self) -> str:
+        if not self._ids:
+            pool = self._random_hex(_ID_BYTES * _IDS_AT_ONCE)
+            size = 2 * _ID_BYTES
+            self._ids = [pool[i : i + size] for i in range(0, len(pool), size)]
+        return self._ids.pop()
+
+
+new_request_id: Final = RequestIds()
 
 
 class HttpApi:

@@ -37,6 +37,8 @@ _log = logging.getLogger("baton.router")
 
 WARM_S: Final = 3.0
 """A worker that has not reported for so long is not going to."""
+WARM_LOOK_S: Final = 0.005
+"""Between two looks whether everybody was heard: it takes 20 ms or so."""
 LOOK_S: Final = 0.05
 PROBED_S: Final = 15.0
 """A balancer asks more often; who has not asked for so long is none."""
@@ -253,7 +255,7 @@ class _Server:
                 deadline = loop.time() + WARM_S
             elif loop.time() >= deadline:
                 return
-            await asyncio.sleep(LOOK_S)
+            await asyncio.sleep(WARM_LOOK_S)
 
     def _is_warm(self) -> bool:
         """Everybody listed was heard, and their text is here."""

@@ -4,26 +4,14 @@ from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
-from router.histograms import Histogram
 from router.pairs import TransferPairs
+from router.series import Histogram, Numbers
 
 _TIMES: Final = (
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120,
 )  # fmt: skip
 _GAPS: Final = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _LAGS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
-
-
-class _Bound(dict[tuple[str, ...], Counter]):
-    """The children of a counter, found without making and checking their labels each time."""
-
-    def __init__(self, counter: Counter) -> None:
-        super().__init__()
-        self._counter = counter
-
-    def __missing__(self, labels: tuple[str, ...]) -> Counter:
-        child = self[labels] = self._counter.labels(*labels)
-        return child
 
 
 class _ModelMetrics:
@@ -37,7 +25,7 @@ class _ModelMetrics:
         self.queue = owner.queue.of(model)
         self.worker_queue = owner.worker_queue.of(model)
         self.prefill = owner.prefill.of(model)
-        self.inflight = owner.inflight.labels(model)
+        self.inflight = owner.inflight.of(model)
 
 
 class RouterMetrics:
@@ -83,15 +71,16 @@ class RouterMetrics:
             "baton_loop_lag_seconds", "How late the loop was, ten looks a second.", [],
             buckets=_LAGS, registry=r,
         ).of()  # fmt: skip
-        self.transfer_bytes = Counter(
+        self.transfer_bytes = Numbers(
             "baton_kv_transfer_bytes", "KV bytes handed over.", ["model", "transport"], registry=r
         )
-        self.transfers = Counter(
+        self.transfers = Numbers(
             "baton_kv_transfers", "KV hand-offs completed.", ["model", "transport"], registry=r
         )
-        self.inflight = Gauge(
-            "baton_inflight_choices", "Choices submitted and not ended.", ["model"], registry=r
-        )
+        self.inflight = Numbers(
+            "baton_inflight_choices", "Choices submitted and not ended.", ["model"], registry=r,
+            is_gauge=True,
+        )  # fmt: skip
         self.queued = Gauge("baton_queued_choices", "Choices waiting for a worker.", registry=r)
         self.workers = Gauge(
             "baton_workers", "Workers by model, role and state.", ["model", "role", "state"],
@@ -101,21 +90,21 @@ class RouterMetrics:
             "baton_worker_reservations", "Live reservations charged to a worker.",
             ["model", "role", "worker"], registry=r,
         )  # fmt: skip
-        self.outcomes = Counter(
+        self.outcomes = Numbers(
             "baton_choices", "Ended choices by outcome, leg and error code.",
             ["model", "outcome", "leg", "code"], registry=r,
         )  # fmt: skip
-        self.notes = Counter(
+        self.notes = Numbers(
             "baton_events",
             "Replays, retries, resumes, local prefills, suspicions and others by cause.",
             ["kind", "cause"], registry=r,
         )  # fmt: skip
-        self.deltas = Counter(
-            "baton_deltas", "Deltas streamed (one per token or more).", registry=r
-        )
+        self.deltas = Numbers(
+            "baton_deltas", "Deltas streamed (one per token or more).", [], registry=r
+        ).of()
         self.lost = Counter("baton_bus_lost_messages", "Bus messages known as lost.", registry=r)
         self.bad = Counter("baton_bad_messages", "Undecodable bus messages ignored.", registry=r)
-        self.http = Counter(
+        self.http = Numbers(
             "baton_http_requests", "HTTP requests by path and status.", ["path", "status"],
             registry=r,
         )  # fmt: skip
@@ -133,11 +122,6 @@ class RouterMetrics:
             "baton_discovery_synced", "1 while the worker list is in step with etcd.", registry=r
         )
         self.pairs = TransferPairs()
-        self._outcomes = _Bound(self.outcomes)
-        self._transfers = _Bound(self.transfers)
-        self._transfer_bytes = _Bound(self.transfer_bytes)
-        self._notes = _Bound(self.notes)
-        self._http = _Bound(self.http)
         self._models: dict[str, _ModelMetrics] = {}
 
     def _of(self, model: str) -> _ModelMetrics:
@@ -147,11 +131,11 @@ class RouterMetrics:
         return found
 
     def started(self, model: str) -> None:
-        self._of(model).inflight.inc()
+        self._of(model).inflight.value += 1
 
     def ended(self, model: str, outcome: str, leg: str, code: str, seconds: float) -> None:
-        self._of(model).inflight.dec()
-        self._outcomes[model, outcome, leg, code].inc()
+        self._of(model).inflight.value -= 1
+        self.outcomes.of(model, outcome, leg, code).value += 1
         self.e2e.of(model, outcome).observe(seconds)
 
     def queue_time(self, model: str, seconds: float) -> None:
@@ -168,21 +152,21 @@ class RouterMetrics:
         self._of(model).gap.observe(seconds)
 
     def tokens(self, count: int) -> None:
-        self.deltas.inc(count)
+        self.deltas.value += count
 
     def transfer(self, model: str, transport: str, num_bytes: int, seconds: float) -> None:
-        self._transfers[model, transport].inc()
-        self._transfer_bytes[model, transport].inc(num_bytes)
+        self.transfers.of(model, transport).value += 1
+        self.transfer_bytes.of(model, transport).value += num_bytes
         self.transfer_time.of(model, transport).observe(seconds)
 
     def handle_used(self, model: str, age_s: float) -> None:
         self.handle_age.of(model).observe(age_s)
 
     def note(self, kind: str, cause: str) -> None:
-        self._notes[kind, cause].inc()
+        self.notes.of(kind, cause).value += 1
 
     def answered(self, path: str, status: int) -> None:
-        self._http[path, str(status)].inc()
+        self.http.of(path, str(status)).value += 1
 
     def error_answer(self, status: int, code: str) -> None:
         self.errors.labels(str(status), code).inc()

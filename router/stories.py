@@ -69,15 +69,17 @@ class _Record(Struct, eq=False, gc=False):
     @property
     def was_served(self) -> bool:
         """Some worker could have had it."""
-        return any(
-            one.end is None or one.end.outcome != "rejected" for one in self.choices.values()
-        )
+        for one in self.choices.values():
+            if one.end is None or one.end.outcome != "rejected":
+                return True
+        return False
 
     def cost(self) -> int:
-        lines = sum(len(one.past.story) + len(one.chances) for one in self.choices.values())
-        legs = sum(len(one.past.legs) for one in self.choices.values())
-        records = _RECORD_COST * (1 + len(self.choices))
-        return records + lines * _LINE_COST + legs * _LEG_COST
+        cost = _RECORD_COST * (1 + len(self.choices))
+        for one in self.choices.values():
+            cost += (len(one.past.story) + len(one.chances)) * _LINE_COST
+            cost += len(one.past.legs) * _LEG_COST
+        return cost
 
 
 class Stories:
@@ -203,8 +205,11 @@ class Stories:
         return [record for record in found if record is not None]
 
     def _untold(self, request_id: str) -> _Record | None:
-        found = [record for record in self._all(request_id) if record.status is None]
-        return max(found, key=lambda record: record.began, default=None)
+        youngest: _Record | None = None
+        for record in self._all(request_id):
+            if record.status is None and (youngest is None or record.began > youngest.began):
+                youngest = record
+        return youngest
 
     # -- what is shown
 

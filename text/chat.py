@@ -3,7 +3,6 @@
 It knows the shape of OpenAI's messages and what templates expect of them, and no template.
 """
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -28,7 +27,7 @@ def template_messages(messages: object) -> list[dict[str, Any]]:
     calls becomes the empty string, and tool calls' arguments become objects. Unknown roles and
     further keys are left to the template.
     """
-    if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
+    if not isinstance(messages, list | tuple):
         raise MessagesError("messages must be an array", "messages")
     if not messages:
         raise MessagesError("messages must not be empty", "messages")
@@ -36,7 +35,7 @@ def template_messages(messages: object) -> list[dict[str, Any]]:
 
 
 def _message(message: object, where: str) -> dict[str, Any]:
-    if not isinstance(message, Mapping):
+    if not isinstance(message, dict):
         raise MessagesError(f"{where} must be an object", where)
     role = message.get("role")
     if role is None:
@@ -71,7 +70,7 @@ def _content(content: object, where: str, may_be_empty: bool) -> str | list[dict
 def _part(part: object, where: str) -> dict[str, Any]:
     if isinstance(part, str):
         return {"type": "text", "text": part}
-    if not isinstance(part, Mapping):
+    if not isinstance(part, dict):
         raise MessagesError(f"{where} must be an object", where)
     kind = part.get("type")
     if not isinstance(kind, str):
@@ -93,7 +92,7 @@ def _tool_calls(calls: object, where: str) -> list[dict[str, Any]]:
 
 
 def _tool_call(call: object, where: str) -> dict[str, Any]:
-    if not isinstance(call, Mapping) or not isinstance(call.get("function"), Mapping):
+    if not isinstance(call, dict) or not isinstance(call.get("function"), dict):
         raise MessagesError(f"{where}.function must be an object", f"{where}.function")
     function = dict(call["function"])
     arguments = function.get("arguments")

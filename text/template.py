@@ -127,6 +127,8 @@ class _Compiled:
         try:
             tree = environment.parse(source)
             self._template = environment.from_string(source)
+            # a chain of dicts, which each rendering would walk by itself
+            self._template.globals = dict(self._template.globals)
         except Exception as error:  # a broken template can fail in many ways
             raise TemplateError(f"the chat template is broken: {_one_line(error)}") from error
         self.takes_parts = _loops_over_content(tree)

@@ -23,7 +23,7 @@ from text.assets import (
 )
 from text.decoding import ByteDecoding, Decoding, read_decoding
 from text.segment_cache import MAX_BYTES, SegmentCache, is_safe, splitting_pattern
-from text.word_cache import WordCache, word_pattern
+from text.word_cache import WordCache, byte_level, word_pattern
 
 # Read at each call. One text at a time has nothing to share out; the threads would only be woken.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -167,6 +167,7 @@ class _HuggingFaceBackend:
         # a folder may carry the settings of its training run
         self._inner.no_truncation()
         self._inner.no_padding()
+        self._model = self._inner.model
         named = _add_named_tokens(self._inner, assets)
         added = self._inner.get_added_tokens_decoder()
         self.vocab_size = int(self._inner.get_vocab_size())
@@ -180,7 +181,7 @@ class _HuggingFaceBackend:
             splits = {t.content: i for i, t in added.items() if not t.normalized and t.content}
             pattern = word_pattern(description) if splits == tokens else None
             if pattern is not None:
-                self._words = WordCache(pattern, self._encode_batch)
+                self._words = WordCache(pattern, self._encode_word, self._encode_text)
             min_chars = MIN_REMEMBERED_CHARS if self._words is not None else 1
             self._cache = SegmentCache(splits, max_bytes=cache_bytes, min_chars=min_chars)
 
@@ -206,7 +207,13 @@ class _HuggingFaceBackend:
     def _encode_short(self, texts: list[str]) -> list[list[int]]:
         assert self._words is not None
         by_words = self._words.encode
-        return [by_words(t) if t.isascii() else self._encode_batch([t])[0] for t in texts]
+        return [by_words(t) if t.isascii() else self._encode_text(t) for t in texts]
+
+    def _encode_word(self, word: str) -> list[int]:
+        return [token.id for token in self._model.tokenize(byte_level(word))]
+
+    def _encode_text(self, text: str) -> list[int]:
+        return self._encode_batch([text])[0]
 
     def _encode_batch(self, texts: list[str]) -> list[list[int]]:
         # only the batch calls of the library let go of the GIL

@@ -4,8 +4,8 @@ A byte-level BPE splits a text into words by a pattern, then encodes each word o
 ids of a text are those of its words, and the library, which spends a microsecond on each token
 whether it has met the word or not, is only asked for words that are new. For ASCII, patterns of
 the library's regular expressions say the same in Python's; for other text they might not, as their
-tables of Unicode differ, so that is left to the library. It knows a tokenizer by its JSON and by a
-function that encodes a list of texts.
+tables of Unicode differ, so that is left to the library. It knows a tokenizer by its JSON and by
+two functions, for a word and for a text.
 """
 
 import re
@@ -18,7 +18,13 @@ MAX_WORD_CHARS: Final = 32
 MAX_NEW: Final = 64
 """Words learnt from one text: 3 to 5 µs each."""
 
-EncodeBatch: TypeAlias = Callable[[list[str]], list[list[int]]]
+Encode: TypeAlias = Callable[[str], list[int]]
+
+_BYTE_LEVEL: Final = {
+    byte: chr(byte if 33 <= byte <= 126 else 256 + (byte if byte <= 32 else 33))
+    for byte in range(128)
+}
+"""How `ByteLevel` writes ASCII: what cannot be seen has characters of its own, from U+0100 on."""
 
 _GPT_2: Final = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 """What `ByteLevel` splits by when it is told to."""
@@ -76,6 +82,11 @@ def _split_source(part: Mapping[str, Any]) -> str:
             return ""
 
 
+def byte_level(word: str) -> str:
+    """An ASCII word as the vocabulary writes it."""
+    return word.translate(_BYTE_LEVEL)
+
+
 class WordCache:
     """From word to ids, in two generations: what was not met for a whole one is forgotten. Safe to
     use from several threads."""
@@ -83,12 +94,15 @@ class WordCache:
     def __init__(
         self,
         pattern: re.Pattern[str],
-        encode_batch: EncodeBatch,
+        encode_word: Encode,
+        encode_text: Encode,
         *,
         max_words: int = MAX_WORDS,
     ) -> None:
+        """`encode_word`: the ids of one word as `pattern` finds it; `encode_text`: of any text."""
         self._pattern = pattern
-        self._encode_batch = encode_batch
+        self._encode_word = encode_word
+        self._encode_text = encode_text
         self._max_words = max_words
         self._young: dict[str, list[int]] = {}
         self._old: dict[str, list[int]] = {}
@@ -114,11 +128,11 @@ class WordCache:
         young, old = self._young, self._old
         known = {word: young.get(word, old.get(word)) for word in words}
         new = [word for word, ids in known.items() if ids is None]
-        learnt = new[:MAX_NEW]
-        known.update(zip(learnt, self._encode_batch(learnt), strict=True))
+        for word in new[:MAX_NEW]:
+            known[word] = self._encode_word(word)
         self._keep({word: ids for word, ids in known.items() if ids is not None})
-        if len(new) > len(learnt):
-            return self._encode_batch([text])[0]
+        if len(new) > MAX_NEW:
+            return self._encode_text(text)
         return [token for word in words for token in known[word] or ()]
 
     def _keep(self, words: Mapping[str, list[int]]) -> None:

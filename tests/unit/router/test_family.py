@@ -11,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from router import parent
 from router.family import OWN, Family, labelled, merged
-from router.histograms import Histogram
+from router.series import Histogram
 
 
 def page(number: int, *, extra: bool = False) -> str:

@@ -98,20 +98,20 @@ def test_ids_are_the_librarys(name: str, texts: list[str]) -> None:
 
 
 class Library:
-    """Encodes a text as its length, and remembers what it was asked."""
+    """Encodes a text as the lengths of its words, and remembers what it was asked."""
 
     def __init__(self) -> None:
         self.asked: list[str] = []
 
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        self.asked.extend(texts)
-        return [[len(word) for word in text.split()] for text in texts]
+    def encode(self, text: str) -> list[int]:
+        self.asked.append(text)
+        return [len(word) for word in text.split()]
 
 
 def cache_of(library: Library, max_words: int = 100) -> WordCache:
     pattern = word_pattern({"pre_tokenizer": {"type": "ByteLevel"}})
     assert pattern is not None
-    return WordCache(pattern, library.encode, max_words=max_words)
+    return WordCache(pattern, library.encode, library.encode, max_words=max_words)
 
 
 def test_only_new_words_are_asked_for() -> None:
