@@ -75,3 +75,5 @@ class Beat(msgspec.Struct, array_like=True, frozen=True):
 
     router: str
     leaving: bool = False
+    joining: bool = False
+    """It has just come: every worker reports now, so that it need not wait for their next ones."""

@@ -17,7 +17,6 @@ from protocol.blocks import pack_ids
 from protocol.bus import Bus, BusEvent, Message
 from protocol.codec import decode_snapshot, encode
 from protocol.errors import BadMessage, BusError, LocalError
-from protocol.events import Beat
 from protocol.jobs import (
     Cancel,
     Decode,
@@ -32,6 +31,7 @@ from protocol.jobs import (
 )
 from protocol.subjects import Subjects
 from router.attempts import Attempt, Attempts
+from router.beats import Beats
 from router.choices import Choice, ChoiceSink, ChoiceSpec
 from router.inbox import Inbox
 from router.job_mail import JobMail
@@ -45,7 +45,6 @@ from router.stories import Stories
 
 _log = logging.getLogger("baton.router")
 
-BEAT_S: Final = 1.0
 LOSSES: Final = frozenset({"silent", "suspected", "gone"})
 """Notes that an operator wants to see at the level of warnings."""
 LOST_S: Final = 0.1
@@ -87,6 +86,7 @@ class Dispatch:
         self._timer_at = 0.0
         self._lost_timer: asyncio.TimerHandle | None = None
         self._tasks: asyncio.TaskGroup | None = None
+        self.beats = Beats(bus, subjects, router_id)
         self._jobs = JobMail(bus, subjects, router_id, metrics.bus_lost)
         self.inbox = Inbox(
             self._attempts,
@@ -109,16 +109,7 @@ class Dispatch:
         if not self._bus.connected:
             self.feed(ev.BusDown())
         await self._bus.subscribe(self._subjects.out_all(self.router_id), self.on_out)
-        tasks.create_task(self._beat(), name="beats")
-
-    async def _beat(self) -> None:
-        beat = encode(Beat(self.router_id))
-        while True:
-            try:
-                self._bus.publish(self._subjects.routers, beat)
-            except BusError:
-                pass
-            await asyncio.sleep(BEAT_S)
+        tasks.create_task(self.beats.run(), name="beats")
 
     def leave(self) -> None:
         """Tell the workers that this router is gone, so that they stop its jobs at once."""
@@ -127,10 +118,7 @@ class Dispatch:
             if timer is not None:
                 timer.cancel()
         self._jobs.flush_now()
-        try:
-            self._bus.publish(self._subjects.routers, encode(Beat(self.router_id, leaving=True)))
-        except BusError:
-            pass
+        self.beats.leave()
 
     # --- what the front asks ---
 

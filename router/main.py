@@ -247,10 +247,15 @@ class _Server:
 
     async def _until_warm(self, *, must_sync: bool) -> None:
         """Until the fleet is known: who asks us before is told that nobody is there. Everybody who
-        lives is heard within `WARM_S`."""
+        lives is heard within `WARM_S`, and at once when asked: but who is not listed yet counts
+        for nothing."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + WARM_S
+        has_asked = False
         while not self._is_warm():
+            if self._catalog.listing_came and not has_asked:
+                self._dispatch.beats.announce()
+                has_asked = True
             if must_sync and not self._catalog.listing_came:
                 deadline = loop.time() + WARM_S
             elif loop.time() >= deadline:

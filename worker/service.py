@@ -268,8 +268,11 @@ class Service:
             return
         if beat.leaving:
             self._drop_router(beat.router, "left")
-        elif beat.router in self._routers:
+            return
+        if beat.router in self._routers:
             self._hear(beat.router)
+        if beat.joining:
+            self.telemetry.asked()
 
     def _hear(self, router: str) -> None:
         pushed_out = self._routers.hear(router)

@@ -1,7 +1,7 @@
 """What everybody hears from a worker: load reports, KV events, that it leaves.
 
-A report goes out twice a second and soon after a change; its arrival is what makes the worker live
-in a router's eyes, so it comes from the loop that also serves the jobs.
+A report goes out twice a second, soon after a change, and when a router has come. Its arrival is
+what makes the worker live in a router's eyes, so it comes from the loop that also serves the jobs.
 """
 
 import asyncio
@@ -51,6 +51,7 @@ class Telemetry:
         self._last_kv_event = 0
         self._last_shape: tuple[int, int] = (-1, -1)
         self._change: asyncio.TimerHandle | None = None
+        self._reported_at = float("-inf")
         self._closed = False
         self.draining = False
 
@@ -68,10 +69,18 @@ class Telemetry:
                 loop = asyncio.get_running_loop()
                 self._change = loop.call_later(CHANGE_S, self.report)
 
+    def asked(self) -> None:
+        """Somebody waits for a report: now, but no more of them than changes may cause."""
+        if self._change is None and not self._closed:
+            loop = asyncio.get_running_loop()
+            due = max(loop.time(), self._reported_at + CHANGE_S)
+            self._change = loop.call_at(due, self.report)
+
     def report(self) -> None:
         if self._change is not None:
             self._change.cancel()
             self._change = None
+        self._reported_at = asyncio.get_running_loop().time()
         load = self._load()
         self._last_shape = (load.running, load.waiting)
         self._publish(

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import nats
 import pytest
 from nats.aio.client import Client
@@ -185,7 +186,15 @@ async def test_a_client_that_disconnects_is_cancelled(client: Client, fleet: Fle
 
 async def test_two_routers_share_the_requests(client: Client, fleet: Fleet) -> None:
     """And when one leaves while it serves, what it serves is finished."""
-    second = fleet.add_router("second")
+    beats: list[tuple[str, bool, bool]] = []
+
+    async def on_beat(message: Msg) -> None:
+        beats.append(msgspec.msgpack.decode(message.data, type=tuple[str, bool, bool]))
+
+    await client.subscribe("baton.default.routers", cb=on_beat)
+    second = await asyncio.to_thread(fleet.add_router, "second")
+    asked = [name.partition("-")[0] for name, _, joining in beats if joining]
+    assert asked == ["second"]  # once, for a report of every worker
 
     def served() -> tuple[float, float]:
         name = "baton_choices_total"

@@ -169,5 +169,5 @@ def test_a_message_of_another_mailbox_is_refused() -> None:
 
 
 def test_builtins_are_for_people() -> None:
-    assert codec.as_builtins(Beat("r1")) == ["r1", False]
+    assert codec.as_builtins(Beat("r1")) == ["r1", False, False]
     assert codec.as_builtins(EXAMPLES["info"])["worker_id"] == "w1"

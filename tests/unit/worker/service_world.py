@@ -119,8 +119,8 @@ class Router:
             SUBJECTS.jobs(WORKER, INCARNATION), encode(JobEnvelope(self.name, [*jobs]))
         )
 
-    def beat(self, *, leaving: bool = False) -> None:
-        self.bus.publish(SUBJECTS.routers, encode(Beat(self.name, leaving)))
+    def beat(self, *, leaving: bool = False, joining: bool = False) -> None:
+        self.bus.publish(SUBJECTS.routers, encode(Beat(self.name, leaving, joining)))
 
     async def settle(self) -> None:
         """Until the worker has taken all we said, and we all it answered at once."""

@@ -47,6 +47,7 @@ from tests.unit.worker.service_world import (
 from text.assets import encode as encode_assets
 from worker.engine.base import DecodingInfo, EngineError, PrefillResult
 from worker.service import EXIT_UNHEALTHY
+from worker.telemetry import CHANGE_S
 
 
 @pytest.fixture
@@ -366,6 +367,25 @@ async def test_progress_is_told_twice_a_second_at_most(world: ServiceWorld) -> N
 async def test_reports_carry_the_load(world: ServiceWorld) -> None:
     (report,) = await world.reports()
     assert (report.running, report.num_blocks, report.free_blocks) == (0, 16, 16)
+
+
+async def test_a_router_that_comes_is_told_at_once_and_a_flood_of_them_is_not(
+    world: ServiceWorld,
+) -> None:
+    told: asyncio.Queue[float] = asyncio.Queue()
+    loop = asyncio.get_running_loop()
+    await world.router.bus.subscribe(SUBJECTS.all_events, lambda _: told.put_nowait(loop.time()))
+    world.router.beat()
+    await world.router.settle()
+    assert told.empty()  # one that has been here waits for its turn
+    times = []
+    async with asyncio.timeout(PATIENCE_S):
+        for _ in range(3):
+            for _ in range(50):
+                world.router.beat(joining=True)
+            times.append(await told.get())
+    assert told.empty()
+    assert times[2] - times[0] > 1.9 * CHANGE_S
 
 
 # -- the end
