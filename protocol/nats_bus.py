@@ -207,8 +207,11 @@ class NatsBus:
             try:
                 await asyncio.wait([connecting])
             except asyncio.CancelledError:
-                await _stop(connecting)
-                self._wire.abandon()
+                self._client = client  # it may have connected all the same: `close` leaves it
+                try:
+                    await _stop(connecting)
+                finally:
+                    self._wire.abandon()
                 raise
             connecting.result()
         except (errors.Error, OSError, ImportError, ValueError) as error:
@@ -344,12 +347,18 @@ class _Wire(TcpTransport):
 
 
 async def _stop(task: asyncio.Future[None]) -> None:
-    """Cancel it until it has ended, however it ends."""
+    """Cancel it until it has ended, however it ends and whoever cancels us meanwhile."""
+    cancelled: asyncio.CancelledError | None = None
     while not task.done():
         task.cancel()
-        await asyncio.wait([task], timeout=0.5)
+        try:
+            await asyncio.wait([task], timeout=0.5)
+        except asyncio.CancelledError as error:
+            cancelled = error
     if not task.cancelled():
         task.exception()  # Nobody is left to whom it would matter.
+    if cancelled is not None:
+        raise cancelled
 
 
 def _send(

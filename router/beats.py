@@ -13,7 +13,7 @@ BEAT_S: Final = 1.0
 
 
 class Beats:
-    """One per router process. What the bus does not take is not said: the next beat is near."""
+    """One per router process. A beat that the bus does not take is not said: the next is near."""
 
     def __init__(self, bus: Bus, subjects: Subjects, router_id: str) -> None:
         self._bus = bus
@@ -26,16 +26,18 @@ class Beats:
             self._say(Beat(self._router_id))
             await asyncio.sleep(BEAT_S)
 
-    def announce(self) -> None:
-        """Ask all workers for a report now: the router is ready when it has heard them."""
-        self._say(Beat(self._router_id, joining=True))
+    def announce(self) -> bool:
+        """Ask all workers for a report now: the router is ready when it has heard them. Whether
+        that could be said."""
+        return self._say(Beat(self._router_id, joining=True))
 
     def leave(self) -> None:
         """The workers stop this router's jobs at once."""
         self._say(Beat(self._router_id, leaving=True))
 
-    def _say(self, beat: Beat) -> None:
+    def _say(self, beat: Beat) -> bool:
         try:
             self._bus.publish(self._subject, encode(beat))
         except BusError:
-            pass
+            return False
+        return True

@@ -254,8 +254,7 @@ class _Server:
         has_asked = False
         while not self._is_warm():
             if self._catalog.listing_came and not has_asked:
-                self._dispatch.beats.announce()
-                has_asked = True
+                has_asked = self._dispatch.beats.announce()
             if must_sync and not self._catalog.listing_came:
                 deadline = loop.time() + WARM_S
             elif loop.time() >= deadline:

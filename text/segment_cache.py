@@ -72,19 +72,13 @@ def _trie_source(trie: Mapping[str, Any]) -> str:
 
 
 class SegmentCache:
-    """An LRU from segment to ids, bounded by bytes. Safe to use from several threads.
+    """An LRU from segment to ids, bounded by bytes. Safe to use from several threads."""
 
-    Segments shorter than `min_chars` are encoded each time, where that costs less.
-    """
-
-    def __init__(
-        self, specials: Mapping[str, int], *, max_bytes: int = MAX_BYTES, min_chars: int = 1
-    ) -> None:
+    def __init__(self, specials: Mapping[str, int], *, max_bytes: int = MAX_BYTES) -> None:
         self._specials = dict(specials)
         self._pattern = splitting_pattern(self._specials) if self._specials else None
         self._entries: OrderedDict[str, array[int]] = OrderedDict()
         self._max_bytes = max_bytes
-        self._min_chars = min_chars
         self._num_bytes = 0
         self._lock = threading.Lock()
 
@@ -93,8 +87,10 @@ class SegmentCache:
         """Bytes held, estimated."""
         return self._num_bytes
 
-    def encode(self, text: str, encode_batch: EncodeBatch) -> list[int]:
-        """The ids of `text` without added begin or end; what is not known is encoded."""
+    def encode(self, text: str, encode_batch: EncodeBatch, *, min_ascii: int = 0) -> list[int]:
+        """The ids of `text` without added begin or end; what is not known is encoded.
+
+        ASCII segments of fewer than `min_ascii` characters are not remembered."""
         pieces = self._pattern.split(text) if self._pattern else [text]
         known: dict[str, array[int] | list[int]] = {}
         missing: list[str] = []
@@ -111,7 +107,8 @@ class SegmentCache:
         if missing:
             for segment, segment_ids in zip(missing, encode_batch(missing), strict=True):
                 known[segment] = segment_ids
-                self._remember(segment, segment_ids)
+                if len(segment) >= min_ascii or not segment.isascii():
+                    self._remember(segment, segment_ids)
         ids: list[int] = []
         for index, piece in enumerate(pieces):
             if index & 1:
@@ -121,7 +118,7 @@ class SegmentCache:
         return ids
 
     def _remember(self, segment: str, ids: list[int]) -> None:
-        if not self._min_chars <= len(segment) <= MAX_SEGMENT_CHARS:
+        if len(segment) > MAX_SEGMENT_CHARS:
             return
         packed = array("I", ids)
         with self._lock:

@@ -31,7 +31,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 LONG_TEXT_CHARS = 16_384
 """From here on encoding takes milliseconds and belongs in a thread (it lets go of the GIL)."""
 MIN_REMEMBERED_CHARS = 256
-"""Of a segment that is encoded by words: shorter ones are that as soon as they are looked up."""
+"""Of a segment that is encoded by words: to look up shorter ones would cost as much."""
 
 _SINGLE_TOKENS = (
     "bos_token",
@@ -182,16 +182,16 @@ class _HuggingFaceBackend:
             pattern = word_pattern(description) if splits == tokens else None
             if pattern is not None:
                 self._words = WordCache(pattern, self._encode_word, self._encode_text)
-            min_chars = MIN_REMEMBERED_CHARS if self._words is not None else 1
-            self._cache = SegmentCache(splits, max_bytes=cache_bytes, min_chars=min_chars)
+            self._cache = SegmentCache(splits, max_bytes=cache_bytes)
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         if add_special_tokens or self._cache is None:
             encoded = self._inner.encode_batch_fast([text], add_special_tokens=add_special_tokens)
             return list(encoded[0].ids)
-        # a long text is encoded in a thread, and only the library lets go of the GIL
-        by_words = self._words is not None and not is_long(text)
-        return self._cache.encode(text, self._encode_short if by_words else self._encode_batch)
+        if self._words is None or is_long(text):
+            # a long text is encoded in a thread, and only the library lets go of the GIL
+            return self._cache.encode(text, self._encode_batch)
+        return self._cache.encode(text, self._encode_short, min_ascii=MIN_REMEMBERED_CHARS)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         return str(self._inner.decode(ids, skip_special_tokens=skip_special_tokens))
@@ -207,7 +207,9 @@ class _HuggingFaceBackend:
     def _encode_short(self, texts: list[str]) -> list[list[int]]:
         assert self._words is not None
         by_words = self._words.encode
-        return [by_words(t) if t.isascii() else self._encode_text(t) for t in texts]
+        others = [text for text in texts if not text.isascii()]
+        found = iter(self._encode_batch(others) if others else ())
+        return [by_words(text) if text.isascii() else next(found) for text in texts]
 
     def _encode_word(self, word: str) -> list[int]:
         return [token.id for token in self._model.tokenize(byte_level(word))]

@@ -2,10 +2,10 @@
 
 A byte-level BPE splits a text into words by a pattern, then encodes each word on its own. So the
 ids of a text are those of its words, and the library, which spends a microsecond on each token
-whether it has met the word or not, is only asked for words that are new. For ASCII, patterns of
-the library's regular expressions say the same in Python's; for other text they might not, as their
-tables of Unicode differ, so that is left to the library. It knows a tokenizer by its JSON and by
-two functions, for a word and for a text.
+whether it has met the word or not, is only asked for words that are new. Some patterns can be
+written in Python so that they split ASCII as the library does; for other text they might not, as
+the tables of Unicode differ, so that is left to the library. It knows a tokenizer by its JSON and
+by two functions, for a word and for a text.
 """
 
 import re
@@ -13,8 +13,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final, TypeAlias
 
 MAX_WORDS: Final = 8192
-"""In each of the two generations: two megabytes or so."""
+"""In each of the two generations: four megabytes at most, two of usual text."""
 MAX_WORD_CHARS: Final = 32
+"""Of words that are kept."""
 MAX_NEW: Final = 64
 """Words learnt from one text: 3 to 5 µs each."""
 
@@ -128,10 +129,13 @@ class WordCache:
         young, old = self._young, self._old
         known = {word: young.get(word, old.get(word)) for word in words}
         new = [word for word, ids in known.items() if ids is None]
-        for word in new[:MAX_NEW]:
+        is_foreign = len(new) > MAX_NEW
+        if is_foreign:
+            new = [word for word in new if len(word) <= MAX_WORD_CHARS][:MAX_NEW]
+        for word in new:
             known[word] = self._encode_word(word)
         self._keep({word: ids for word, ids in known.items() if ids is not None})
-        if len(new) > MAX_NEW:
+        if is_foreign:
             return self._encode_text(text)
         return [token for word in words for token in known[word] or ()]
 

@@ -236,25 +236,35 @@ async def test_tls_never_falls_back_to_plain_text(
     assert "offers no TLS" in said
 
 
+@pytest.mark.parametrize("again", [False, True], ids=["once", "twice"])
+@pytest.mark.parametrize(("scheme", "line"), [("tls", 1), ("nats", 1), ("nats", 2)])
 async def test_a_cancel_in_the_turn_in_which_the_server_speaks_ends_the_start(
-    serve: Serve, monkeypatch: pytest.MonkeyPatch
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, scheme: str, line: int, again: bool
 ) -> None:
-    """What nats-py waits with loses such a cancel, and its attempts would go on for ever."""
+    """What nats-py waits with loses such a cancel; its attempts would go on for ever, or it would
+    be connected and nobody's."""
     server = serve("")
-    config = NatsConfig(urls=(f"tls://127.0.0.1:{server.port}",), reconnect_wait_s=0.01)
+    config = NatsConfig(urls=(f"{scheme}://127.0.0.1:{server.port}",), reconnect_wait_s=0.01)
     bus = NatsBus(config)
     starting = asyncio.ensure_future(bus.start())
     readline = TcpTransport.readline
+    said: list[bytes] = []
 
     async def speak(self: TcpTransport) -> bytes:
-        line: bytes = await readline(self)
-        starting.cancel()
-        return line
+        said.append(await readline(self))
+        if len(said) == line:
+            starting.cancel()
+            if again:
+                asyncio.get_running_loop().call_later(0.05, starting.cancel)
+        return said[-1]
 
     monkeypatch.setattr(TcpTransport, "readline", speak)
     await asyncio.wait([starting], timeout=PATIENCE_S)
     assert starting.cancelled()
     await bus.close()
+    left = asyncio.all_tasks() - {asyncio.current_task()}
+    _, running = await asyncio.wait(left, timeout=2.0) if left else ((), ())
+    assert not running
 
 
 @pytest.mark.parametrize(

@@ -60,8 +60,8 @@ def test_known_text_is_not_encoded_again() -> None:
     assert asked == ["one", "three", "four"]
 
 
-def test_short_segments_may_be_left_out() -> None:
-    cache = SegmentCache({"<a>": 1}, min_chars=4)
+def test_short_ascii_segments_may_be_left_out() -> None:
+    cache = SegmentCache({"<a>": 1})
     asked: list[str] = []
 
     def encode(texts: list[str]) -> list[list[int]]:
@@ -69,8 +69,8 @@ def test_short_segments_may_be_left_out() -> None:
         return [[len(text) + 10] for text in texts]
 
     for _ in range(2):
-        assert cache.encode("one<a>four", encode) == [13, 1, 14]
-    assert asked == ["one", "four", "one"]
+        assert cache.encode("one<a>four<a>zw\u00f6", encode, min_ascii=4) == [13, 1, 14, 1, 13]
+    assert asked == ["one", "four", "zw\u00f6", "one"]
 
 
 def test_the_cache_is_bounded_by_bytes_and_forgets_the_oldest() -> None:

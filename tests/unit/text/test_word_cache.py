@@ -3,6 +3,7 @@
 import json
 import string
 from collections.abc import Mapping
+from itertools import product
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from tokenizers import models, pre_tokenizers, trainers
 from tests.unit.text.conftest import CORPUS, byte_level_tokenizer
 from text import word_cache
 from text.assets import make_assets
-from text.tokenizer import Tokenizer
+from text.tokenizer import LONG_TEXT_CHARS, Tokenizer
 from text.word_cache import WordCache, word_pattern
 
 ASCII = [chr(number) for number in range(128)]
@@ -41,6 +42,12 @@ TEXTS = st.lists(
     ),
     max_size=16,
 ).map("".join)
+CHATS = st.lists(
+    st.one_of(TEXTS, st.sampled_from(["<|end|>", "é", "router " * 40])), min_size=1, max_size=5
+).map("".join)
+LLAMA_3 = list(word_cache._KNOWN)[1]
+SPLIT = {"type": "Split", "pattern": {"Regex": LLAMA_3}, "behavior": "Isolated", "invert": False}
+BYTES = {"type": "ByteLevel", "use_regex": False}
 
 
 def split_by(source: str) -> tokenizers.Tokenizer:
@@ -77,7 +84,7 @@ TOKENIZERS = {
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(TEXTS)
 def test_words_are_the_librarys(name: str, text: str) -> None:
     inner = TOKENIZERS[name]
@@ -87,12 +94,13 @@ def test_words_are_the_librarys(name: str, text: str) -> None:
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-@settings(max_examples=100, deadline=None)
-@given(st.lists(TEXTS, min_size=1, max_size=4))
-def test_ids_are_the_librarys(name: str, texts: list[str]) -> None:
+@settings(max_examples=40, deadline=None)
+@given(st.lists(CHATS, min_size=1, max_size=4), st.booleans())
+def test_ids_are_the_librarys(name: str, texts: list[str], is_long: bool) -> None:
     inner = TOKENIZERS[name]
     ours = Tokenizer.from_assets(make_assets({"tokenizer.json": inner.to_str().encode()}))
-    for text in [*texts, "é".join(texts), *texts]:
+    long = ["x ".join(texts) + " way" * (LONG_TEXT_CHARS // 4)] if is_long else []
+    for text in [*texts, *long, *texts]:
         expected = inner.encode(text, add_special_tokens=False).ids
         assert ours.encode(text, add_special_tokens=False) == expected
 
@@ -134,13 +142,29 @@ def test_words_without_ids_and_no_words() -> None:
 def test_a_text_of_many_new_words_is_asked_for_as_a_whole() -> None:
     library = Library()
     cache = cache_of(library, max_words=1000)
-    text = " ".join(f"{'x' * number}" for number in range(1, word_cache.MAX_NEW + 11))
-    expected = list(range(1, word_cache.MAX_NEW + 11))
-    assert cache.encode(text) == expected
-    assert library.asked[-1] == text
-    assert len(library.asked) == word_cache.MAX_NEW + 1
-    kept = [word for word in library.asked[:-1] if len(word) <= word_cache.MAX_WORD_CHARS]
-    assert cache.num_words == len(kept) < word_cache.MAX_NEW
+    words = ["".join(letters) for letters in product("ab", repeat=7)][: word_cache.MAX_NEW + 10]
+    text = " ".join(words)
+    assert cache.encode(text) == [7] * len(words)
+    assert library.asked == [words[0], *(f" {word}" for word in words[1:-10]), text]
+    assert cache.num_words == word_cache.MAX_NEW
+    library.asked.clear()
+    assert cache.encode(text) == [7] * len(words)
+    assert library.asked == [f" {word}" for word in words[-10:]]
+
+
+def test_long_words_are_not_kept_and_not_encoded_twice() -> None:
+    library = Library()
+    cache = cache_of(library)
+    long = ["x" * (word_cache.MAX_WORD_CHARS + number) for number in range(1, word_cache.MAX_NEW)]
+    text = " ".join(long)
+    for _ in range(2):
+        assert cache.encode(text) == [len(word) for word in long]
+    assert len(library.asked) == 2 * len(long)
+    library.asked.clear()
+    text += " way and one"
+    assert cache.encode(text) == [*(len(word) for word in long), 3, 3, 3]
+    assert library.asked == [" way", " and", " one", text]
+    assert cache.num_words == 3
 
 
 def test_what_was_not_met_for_long_is_forgotten() -> None:
@@ -161,24 +185,26 @@ def test_what_was_not_met_for_long_is_forgotten() -> None:
         {"type": "Whitespace"},
         {"type": "ByteLevel", "use_regex": False},
         {"type": "Sequence", "pretokenizers": [{"type": "Digits"}, {"type": "ByteLevel"}]},
-        {
-            "type": "Sequence",
-            "pretokenizers": [
-                {
-                    "type": "Split",
-                    "pattern": {"Regex": r"\d+"},
-                    "behavior": "Isolated",
-                    "invert": False,
-                },
-                {"type": "ByteLevel", "use_regex": False},
-            ],
-        },
+        *(
+            {"type": "Sequence", "pretokenizers": [{**SPLIT, **change}, {**BYTES, **other}]}
+            for change, other in [
+                ({"pattern": {"Regex": r"\d+"}}, {}),
+                ({"pattern": {"String": LLAMA_3}}, {}),
+                ({"behavior": "Removed"}, {}),
+                ({"invert": True}, {}),
+                ({}, {"use_regex": True}),
+            ]
+        ),
     ],
 )
 def test_what_we_do_not_know_is_left_to_the_library(
     pre_tokenizer: Mapping[str, Any] | None,
 ) -> None:
     assert word_pattern({"pre_tokenizer": pre_tokenizer}) is None
+
+
+def test_the_same_unchanged_is_known() -> None:
+    assert word_pattern({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [SPLIT, BYTES]}})
 
 
 def test_an_added_token_inside_of_words_is_still_found() -> None:
@@ -190,3 +216,17 @@ def test_an_added_token_inside_of_words_is_still_found() -> None:
     expected = inner.encode(text, add_special_tokens=False).ids
     for _ in range(2):
         assert ours.encode(text, add_special_tokens=False) == expected
+
+
+def test_chats_that_do_not_go_by_words_are_remembered() -> None:
+    """Segments of other text, and those of a long chat."""
+    turns = [f"你好 {number}" for number in range(20)]
+    for chat in ("<|end|>".join(turns), "<|end|>".join(["a turn"] * 8000)):
+        inner = byte_level_tokenizer()
+        ours = Tokenizer.from_assets(make_assets({"tokenizer.json": inner.to_str().encode()}))
+        ids = ours.encode(chat, add_special_tokens=False)
+        assert ids == inner.encode(chat, add_special_tokens=False).ids
+        asked: list[str] = []
+        ours._backend._encode_batch = asked.extend  # type: ignore[attr-defined]
+        assert ours.encode(chat, add_special_tokens=False) == ids
+        assert asked == []
