@@ -324,3 +324,20 @@ def test_nonsense_that_was_held_back_does_not_ask_for_ever() -> None:
     assert not index.is_waiting(slot)
     assert depth_of(index.match(hashes_of("ab")), slot) == 2
     assert index.match(hashes_of("z")) == []
+
+
+def test_what_a_leaver_left_goes_before_anything_that_counts() -> None:
+    """A full index, of which one shard in four was looked through when its only holder left."""
+    size = 4 * 4096
+    index = PrefixIndex(size)
+    first, second = index.join(), index.join()
+    old = [number.to_bytes(16, "big") for number in range(size)]
+    index.change(first, 1, [KvStored(b"".join(old))])
+    index.leave(first)
+    assert index.num_pairs > size // 2
+    new = [(size + number).to_bytes(16, "big") for number in range(size)]
+    index.change(second, 1, [KvStored(b"".join(new))])
+    index.validate()
+    assert index.num_pairs == size
+    for one in new[::300]:
+        assert depth_of(index.match([one]), second) == 1
