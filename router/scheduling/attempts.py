@@ -131,8 +131,8 @@ class RetryBudget:
         self._num_retried += 1
 
     def excused(self, now: float) -> None:
-        """The next retry is no storm's: it was made needful by a worker or a message that is lost,
-        and everybody who lost it at once has it at once."""
+        """The next retry is no storm's: it was made needful by a worker, a message or a wire that
+        is lost, and everybody who lost it at once has it at once."""
         self._retried[self._turn(now)] -= 1
         self._num_retried -= 1
 

@@ -102,7 +102,7 @@ class Mover:
         t.close(attempt, done=done)
         if not self._may_go_on(choice, cause, leg, free=free):
             return
-        if died or (free and cause != "refused"):
+        if died or blame_handle or (free and cause != "refused"):
             t.budget.excused(t.now)
         if rewait and not tries.alone:
             self._rewait(choice, cause, attempt.worker.id)
@@ -208,6 +208,7 @@ class Mover:
         tries.local = tries.local or tries.lost_pulls >= _MAX_PULL_FAILURES
         t.dirty.add(choice.spec.model)
         if choice.state == "decode_wait" and tries.local:
+            t.budget.excused(t.now)
             self.requeue(choice, "transfer_failed", worker="", leg=LEG_OF[choice.state])
         elif choice.state == "decode_wait":
             t.wait(choice)

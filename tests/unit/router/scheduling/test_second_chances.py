@@ -337,6 +337,21 @@ def test_messages_that_the_bus_lost_take_nothing_of_the_budget() -> None:
     assert again == [[f"c/{n}"] for n in range(6)]
 
 
+def test_pulls_over_a_wire_that_is_cut_take_nothing_of_the_budget() -> None:
+    """Everybody who pulls from one source loses it at once, from every decode worker in turn."""
+    bench = Bench(Limits(retry_floor=1, retry_share=0.0))
+    bench.pd(2)
+    pulls = [bench.to_transfer(f"c/{n}")[1] for n in range(6)]
+    again = [
+        only(bench.feed(failed(pull.attempt, "transfer_failed")), cmd.StartDecode) for pull in pulls
+    ]
+    for pull in again:
+        bench.feed(failed(pull.attempt, "transfer_failed"))
+    started = bench.pass_time(0.9)
+    local = [c.choice for c in started if isinstance(c, cmd.StartDecode) and c.handle is None]
+    assert sorted(local) == [f"c/{n}" for n in range(6)]
+
+
 def test_a_worker_that_refuses_takes_from_the_budget() -> None:
     bench = Bench(Limits(retry_floor=1, retry_share=0.0))
     bench.list_workers(info("a"))
