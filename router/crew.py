@@ -78,6 +78,7 @@ class _Child:
     place: int
     phase: Phase
     since: float
+    leave_s: float
     deadline: float | None = None
 
 
@@ -88,8 +89,8 @@ class _Place:
 
 
 class Crew:
-    """One per parent. `start_s` bounds a successor's start, `leave_s` a child's leaving, `hurry_s`
-    one that was told to leave now."""
+    """One per parent. `start_s` bounds a successor's start, `leave_s` the leaving of a child that
+    has not said how long it needs, `hurry_s` that of one that was told to leave now."""
 
     def __init__(self, num: int, *, start_s: float, leave_s: float, hurry_s: float) -> None:
         self._start_s, self._leave_s, self._hurry_s = start_s, leave_s, hurry_s
@@ -111,10 +112,13 @@ class Crew:
         self._start(0, now)
         return self._take()
 
-    def ready(self, number: int, now: float) -> list[Command]:
+    def ready(self, number: int, now: float, *, leave_s: float | None = None) -> list[Command]:
+        """It serves. `leave_s`: how long it may take to leave, by its own settings."""
         child = self._children.get(number)
         if child is None or child.phase is not Phase.STARTING:
             return []
+        if leave_s is not None:
+            child.leave_s = leave_s
         old = self._find(child.place, Phase.SERVING)
         child.phase, child.since, child.deadline = Phase.SERVING, now, None
         if old is not None:
@@ -159,12 +163,11 @@ class Crew:
 
     def stop(self, now: float) -> list[Command]:
         """All leave; when told again, at once."""
-        limit_s = self._hurry_s if self._is_stopping else self._leave_s
         again, self._is_stopping = self._is_stopping, True
         for number, child in self._children.items():
             if again or child.phase is not Phase.LEAVING:
                 self._commands.append(Stop(number))
-            self._leaves(number, now, limit_s)
+            self._leaves(number, now, self._hurry_s if again else child.leave_s)
         self._leave_if_empty()
         return self._take()
 
@@ -204,7 +207,7 @@ class Crew:
         self._places[place].retry_at = None
         successor = any(child.phase is Phase.SERVING for child in self._children.values())
         deadline = now + self._start_s if successor else None
-        self._children[self._last] = _Child(place, Phase.STARTING, now, deadline)
+        self._children[self._last] = _Child(place, Phase.STARTING, now, self._leave_s, deadline)
         self._commands.append(Start(self._last, successor))
 
     def _leaves(self, number: int, now: float, limit_s: float | None = None) -> None:
@@ -212,7 +215,7 @@ class Crew:
         if child.phase is Phase.LEAVING and limit_s is None:
             return
         child.phase = Phase.LEAVING
-        child.deadline = now + (self._leave_s if limit_s is None else limit_s)
+        child.deadline = now + (child.leave_s if limit_s is None else limit_s)
 
     def _failed_to_start(self, child: _Child, code: int, now: float) -> None:
         if not self._was_ready and code == EXIT_CONFIG:

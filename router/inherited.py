@@ -1,7 +1,8 @@
 """What a router gets from its parent, if it has one: the listening sockets, and a line to it.
 
-The line is a socket pair. The router says on it that it is ready; the parent says that others serve
-in its place; that it closes says that the other side is gone. Knows no HTTP and no bus.
+The line is a socket pair. The router says on it that it is ready, and how long it may take to drain
+when its time has come; the parent says that others serve in its place; that it closes says that the
+other side is gone. Knows no HTTP and no bus.
 """
 
 import asyncio
@@ -15,8 +16,21 @@ from protocol.errors import ConfigError
 FAMILY_DIR: Final = "_BATON_FAMILY_DIR"
 """In the environment: where the routers of one parent find each other. Not a flag: children of
 another version might not know it."""
-READY: Final = b"r"
+_READY: Final = b"r"
 RELIEVED: Final = b"l"
+
+
+def ready(drain_timeout_ms: int) -> bytes:
+    """What a router says when it serves. The time is its own: its settings may be newer than the
+    parent's."""
+    return _READY + b"%d\n" % drain_timeout_ms
+
+
+def drain_timeout_of(said: bytes) -> int | None:
+    """Milliseconds; None unless `said` says that the router is ready, all of it."""
+    start, end = said.find(_READY), said.find(b"\n")
+    number = said[start + 1 : end]
+    return int(number) if 0 <= start < end and number.isdigit() else None
 
 
 class Inherited:
@@ -58,9 +72,9 @@ class Inherited:
         self._on_orphaned = on_orphaned
         asyncio.get_running_loop().add_reader(self._line, self._read)
 
-    def say_ready(self) -> None:
+    def say_ready(self, drain_timeout_ms: int) -> None:
         with contextlib.suppress(OSError):  # it is gone: the reader says so
-            self._line.send(READY)
+            self._line.send(ready(drain_timeout_ms))
 
     def is_relieved(self) -> bool:
         """Others accept on our sockets. Said before the signal, so it is known when that comes."""

@@ -242,7 +242,7 @@ class _Server:
             ),
         )
         if inherited is not None:
-            inherited.say_ready()
+            inherited.say_ready(self._config.drain_timeout_ms)
         await asyncio.Event().wait()
 
     async def _until_warm(self, *, must_sync: bool) -> None:

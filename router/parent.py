@@ -25,7 +25,7 @@ from typing import Final
 from protocol.errors import ConfigError
 from router import crew
 from router.config import RouterConfig
-from router.inherited import FAMILY_DIR, READY, RELIEVED
+from router.inherited import FAMILY_DIR, RELIEVED, drain_timeout_of
 
 _log = logging.getLogger("baton.parent")
 
@@ -42,6 +42,7 @@ _LEVELS: Final = {"info": logging.INFO, "warning": logging.WARNING, "error": log
 class _Child:
     process: asyncio.subprocess.Process
     line: socket.socket
+    said: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +110,10 @@ def _listen(host: str, port: int) -> list[socket.socket]:
     return listeners
 
 
+def _leave_s(drain_timeout_ms: int) -> float:
+    return drain_timeout_ms / 1e3 + MARGIN_S
+
+
 class _Parent:
     """Runs the commands of a crew and tells it what happened, one event after the other."""
 
@@ -130,7 +135,7 @@ class _Parent:
         self._children: dict[int, _Child] = {}
         self._events: asyncio.Queue[_Event] = asyncio.Queue()
         self._code: int | None = None
-        leave_s = config.drain_timeout_ms / 1e3 + MARGIN_S
+        leave_s = _leave_s(config.drain_timeout_ms)
         self._crew = crew.Crew(config.processes, start_s=start_s, leave_s=leave_s, hurry_s=HURRY_S)
 
     async def run(self, stop: asyncio.Event, stop_now: asyncio.Event) -> int:
@@ -190,8 +195,15 @@ class _Parent:
             data = b""
         if not data:
             self._loop.remove_reader(line)
-        if READY in data:
-            self._events.put_nowait(_Event(partial(self._crew.ready, number)))
+        child = self._children.get(number)
+        if child is None:
+            return
+        child.said += data
+        drain_timeout_ms = drain_timeout_of(child.said)
+        if drain_timeout_ms is not None:
+            child.said = b""
+            leave_s = _leave_s(drain_timeout_ms)
+            self._events.put_nowait(_Event(partial(self._crew.ready, number, leave_s=leave_s)))
 
     async def _until_ended(self, number: int, child: _Child) -> None:
         code = await child.process.wait()

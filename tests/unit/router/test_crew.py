@@ -54,6 +54,19 @@ def test_the_first_child_starts_alone_and_has_no_bound() -> None:
     assert crew.next_deadline() == 500.0 + START_S
 
 
+def test_who_said_how_long_it_needs_to_leave_has_that_long() -> None:
+    """Its settings may be newer than the parent's."""
+    crew = crew_of(1)
+    crew.begin(0.0)
+    crew.ready(1, 0.0, leave_s=500.0)
+    crew.hangup(1.0)
+    assert done(crew.ready(2, 2.0)) == [Relieve(1)]
+    assert crew.next_deadline() == 2.0 + 500.0
+    crew.ended(1, 0, 3.0)
+    crew.stop(4.0)
+    assert crew.next_deadline() == 4.0 + LEAVE_S, "the successor has not said"
+
+
 def test_a_mistake_in_the_settings_ends_the_parent_at_start() -> None:
     crew = crew_of(3)
     crew.begin(0.0)
