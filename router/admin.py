@@ -16,6 +16,7 @@ from router.catalog import Catalog
 from router.dispatch import Dispatch
 from router.family import OWN, Family, labelled, merged
 from router.metrics import RouterMetrics
+from router.pairs import joined
 from router.scheduling.fleet import WorkerView
 
 MAX_ID: Final = 128
@@ -87,7 +88,12 @@ class Admin:
             "inflight": self._dispatch.num_inflight,
             "queued": self._dispatch.scheduler.num_queued,
         }
-        routers = [own, *(msgspec.json.decode(page) for page in await self._others(request))]
+        transfers = self._metrics.pairs.for_people()
+        others = [msgspec.json.decode(page) for page in await self._others(request)]
+        for other in others:
+            _add_reservations(workers, other.get("workers", []))
+            transfers = joined(transfers, other.get("kv_transfers", []))
+        routers = [own, *others]
         family: dict[str, Any] = {}
         if len(routers) > 1:
             family = {
@@ -95,7 +101,6 @@ class Admin:
                 "queued": sum(router.get("queued", 0) for router in routers),
                 "routers": [{name: router.get(name) for name in own} for router in routers],
             }
-        transfers = self._metrics.pairs.for_people()
         return _json({**own, **family, "workers": workers, "kv_transfers": transfers})
 
     async def _others(self, request: web.Request) -> list[bytes]:
@@ -169,6 +174,17 @@ def _worker(view: WorkerView) -> dict[str, Any]:
         "reservations": view.num_reservations,
         "load": report,
     }
+
+
+def _add_reservations(workers: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:
+    """What another router holds at the workers that we know."""
+    held = {_process(worker): worker.get("reservations", 0) for worker in theirs}
+    for worker in workers:
+        worker["reservations"] += held.get(_process(worker), 0)
+
+
+def _process(worker: dict[str, Any]) -> tuple[Any, Any]:
+    return worker.get("worker_id"), worker.get("incarnation")
 
 
 def _json(value: dict[str, Any], status: int = 200) -> web.Response:

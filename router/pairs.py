@@ -5,6 +5,7 @@ people: no decision is made on it, and nothing of it is on `/metrics`, where wor
 """
 
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
@@ -53,3 +54,18 @@ class TransferPairs:
             }
             for (source, sink), pair in sorted(self._pairs.items(), key=lambda item: item[0])
         ]
+
+
+Pairs = Iterable[dict[str, Any]]
+
+
+def joined(ours: Pairs, theirs: Pairs) -> list[dict[str, Any]]:
+    """What two routers said `for_people`, as one list. Those that do not agree on the way of a pair
+    leave two lines of it."""
+    found: dict[tuple[str, ...], dict[str, Any]] = {}
+    for pair in (*ours, *theirs):
+        way = tuple(str(pair.get(name)) for name in ("from", "to", "transport", "reason"))
+        known = found.setdefault(way, {**pair, "transfers": 0, "bytes": 0})
+        for count in ("transfers", "bytes"):
+            known[count] += pair.get(count, 0)
+    return [found[way] for way in sorted(found)]

@@ -213,6 +213,7 @@ def check_one_answers_for_all(fleet: Fleet, requests: list[str]) -> None:
         info = json.loads(fleet.get("/cluster_info")[1])
         assert info["inflight"] == len(requests)
         assert sorted(one["inflight"] for one in info["routers"])[0] > 0
+        assert sum(worker["reservations"] for worker in info["workers"]) == len(requests)
         text = fleet.get("/metrics")[1].decode()
         families = {one.name: one for one in text_string_to_metric_families(text)}
         streams = families["baton_inflight_choices"].samples

@@ -1,6 +1,6 @@
 """What `/cluster_info` says of the pairs of workers."""
 
-from router.pairs import TransferPairs, Way
+from router.pairs import TransferPairs, Way, joined
 
 
 def test_pairs_are_counted_by_the_way_they_go_now() -> None:
@@ -27,3 +27,14 @@ def test_the_pairs_used_longest_ago_go_first() -> None:
     for source in ("p1", "p2", "p1", "p3"):
         pairs.used(source, "d", Way("shm", "auto"), 1)
     assert [pair["from"] for pair in pairs.for_people()] == ["p1", "p3"]
+
+
+def test_what_two_routers_have_seen_is_one_list() -> None:
+    ours, theirs = TransferPairs(), TransferPairs()
+    ours.used("p1", "d1", Way("shm", "auto"), 10)
+    theirs.used("p1", "d1", Way("shm", "auto"), 5)
+    theirs.used("p0", "d1", Way("tcp", "asked"), 1)
+    pairs = joined(ours.for_people(), theirs.for_people())
+    said = [(pair["from"], pair["to"], pair["transfers"], pair["bytes"]) for pair in pairs]
+    assert said == [("p0", "d1", 1, 1), ("p1", "d1", 2, 15)]
+    assert ours.for_people()[0]["transfers"] == 1, "each remembers its own alone"
