@@ -101,6 +101,7 @@ class Child:
     name: str
     role: str
     port: int
+    """Where it listens; a worker: its /metrics."""
     log: Path
     process: asyncio.subprocess.Process
     waiter: "asyncio.Task[int]" = field(repr=False)
@@ -146,8 +147,9 @@ class _Fleet:
         await self._spawn("router", "router", self._router_command(), options.port)
         for role, count in options.counts.items():
             for i in range(count):
-                name = f"{role}-{i}"
-                await self._spawn(name, role, self._worker_command(role, name), 0)
+                name, metrics_port = f"{role}-{i}", free_port()
+                command = self._worker_command(role, name, metrics_port)
+                await self._spawn(name, role, command, metrics_port)
         total = sum(options.counts.values())
         await self._until(
             self._ready(total), f"{total} workers and a router", READY_TIMEOUT_S, stop
@@ -184,14 +186,14 @@ class _Fleet:
         flags = [f"--host={options.host}", f"--port={options.port}"]
         return [*self._common("router"), *flags, *self._extra("router")]
 
-    def _worker_command(self, role: str, name: str) -> list[str]:
+    def _worker_command(self, role: str, name: str, metrics_port: int) -> list[str]:
         options = self._options
         flags = [
             f"--role={role}",
             f"--name={name}",
             f"--engine={options.engine}",
             f"--transfer={options.transfer}",
-            f"--metrics-port={free_port()}",
+            f"--metrics-port={metrics_port}",
         ]
         if options.model:
             flags.append(f"--model={options.model}")

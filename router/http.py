@@ -36,6 +36,8 @@ Prepare = Callable[[bytes, str], Awaitable[Prepared]]
 
 _ID_BYTES: Final = 12
 _IDS_AT_ONCE: Final = 64
+HTTP_CODES: Final = {404: "not_found", 405: "method_not_allowed"}
+"""Of refusals that are aiohttp's own."""
 _OPEN: Final = frozenset({"/health", "/live", "/ready", "/metrics", "/version"})
 """Paths that need no API key: probes and scrapers."""
 
@@ -299,8 +301,7 @@ def error_response(error: ClientError, request_id: str) -> web.StreamResponse:
 
 def _from_http(error: web.HTTPException) -> ClientError:
     """aiohttp's own refusals (404, 405) in our shape."""
-    codes = {404: "not_found", 405: "method_not_allowed"}
-    code = codes.get(error.status, "invalid_request")
+    code = HTTP_CODES.get(error.status, "invalid_request")
     return ClientError(error.status, error.reason, code=code)
 
 

@@ -365,7 +365,6 @@ class Inbox:
 
     def bad_message(self, subject: str, error: BadMessage, cause: str = "undecodable") -> None:
         """Count rubbish; say so once a minute."""
-        self._metrics.bad_message()
         self._metrics.note("bad_message", cause)
         self._bad += 1
         now = self._clock()

@@ -44,7 +44,7 @@ class RouterMetrics:
             ["model"], buckets=_GAPS, registry=r,
         )  # fmt: skip
         self.e2e = Histogram(
-            "baton_request_seconds", "Submit to the end of a choice.", ["model", "outcome"],
+            "baton_choice_seconds", "Submit to the end of a choice.", ["model", "outcome"],
             buckets=_TIMES, registry=r,
         )  # fmt: skip
         self.queue = Histogram(
@@ -103,7 +103,6 @@ class RouterMetrics:
             "baton_deltas", "Deltas streamed (one per token or more).", [], registry=r
         ).of()
         self.lost = Counter("baton_bus_lost_messages", "Bus messages known as lost.", registry=r)
-        self.bad = Counter("baton_bad_messages", "Undecodable bus messages ignored.", registry=r)
         self.http = Numbers(
             "baton_http_requests", "HTTP requests by path and status.", ["path", "status"],
             registry=r,
@@ -170,9 +169,6 @@ class RouterMetrics:
 
     def error_answer(self, status: int, code: str) -> None:
         self.errors.labels(str(status), code).inc()
-
-    def bad_message(self) -> None:
-        self.bad.inc()
 
     def bus_lost(self, count: int) -> None:
         self.lost.inc(count)

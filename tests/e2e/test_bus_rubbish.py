@@ -30,7 +30,7 @@ async def test_rubbish_on_the_bus_is_counted_and_harms_nobody(fleet: Fleet) -> N
     rng = random.Random(3)
     rubbish = [b"", b"\xc1", b"{}", b"\x93\x01\x02\x03", b"\xdd\xff\xff\xff\xff", b"\x91" * 5000]
     rubbish += [rng.randbytes(rng.randrange(200)) for _ in range(20)]
-    before = fleet.metric("baton_bad_messages_total")
+    before = fleet.metric("baton_events_total", kind="bad_message")
     client = await nats.connect(fleet.nats_url)
     try:
         for place in places:
@@ -56,7 +56,7 @@ async def test_rubbish_on_the_bus_is_counted_and_harms_nobody(fleet: Fleet) -> N
         raw_nats.sendall(b"PING\r\n")
         assert b"PONG" in raw_nats.recv(65536)
     fleet.until(
-        lambda: fleet.metric("baton_bad_messages_total") >= before + 2 * len(rubbish),
+        lambda: fleet.metric("baton_events_total", kind="bad_message") >= before + 2 * len(rubbish),
         what="the rubbish to be counted",
     )
     subject = subjects.api("models")

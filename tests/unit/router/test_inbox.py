@@ -256,7 +256,7 @@ def test_a_worker_cannot_speak_for_another(world: World) -> None:
         world.inbox.on_out(Message(SUBJECTS.out("r", "v"), encode(envelope)))
     assert world.jobs() == []
     assert world.inbox.sources() == []
-    assert world.metrics.registry.get_sample_value("baton_bad_messages_total") == 3
+    assert world.metrics.notes.of("bad_message", "wrong_name").value == 3
 
 
 def test_repeated_outcomes_are_counted_once(world: World) -> None:
@@ -287,7 +287,7 @@ def test_failures_are_told_with_their_leg(world: World) -> None:
 
 def test_rubbish_is_counted(world: World) -> None:
     world.inbox.on_out(Message(SUBJECTS.out("r", "w"), b"\xc1"))
-    assert world.metrics.registry.get_sample_value("baton_bad_messages_total") == 1
+    assert world.metrics.notes.of("bad_message", "undecodable").value == 1
 
 
 def test_nobody_listens_tells_which_incarnation(world: World) -> None:
