@@ -6,7 +6,7 @@ when it knows (`BusEvent`), and everything above it can ask again (sequence numb
 Payloads of any size pass: the adapter splits and joins what the server would refuse.
 """
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -94,6 +94,3 @@ class Bus(Protocol):
 
     async def close(self) -> None:
         """Send what is buffered if the server is there (bounded wait), then disconnect."""
-
-
-BusFactory = Callable[[], Awaitable[Bus]]

@@ -28,6 +28,7 @@ Wire = JobEnvelope | OutEnvelope | EventEnvelope | Beat | Pong | KvSnapshot
 
 
 def encode(message: Wire) -> bytes:
+    """Bytes of one message."""
     return _encoder.encode(message)
 
 
@@ -39,26 +40,32 @@ def _decode(decoder: "msgspec.msgpack.Decoder[T] | msgspec.json.Decoder[T]", dat
 
 
 def decode_jobs(data: bytes) -> JobEnvelope:
+    """What a router says to a worker. Raises BadMessage."""
     return _decode(_jobs, data)
 
 
 def decode_out(data: bytes) -> OutEnvelope:
+    """What a worker says to a router. Raises BadMessage."""
     return _decode(_out, data)
 
 
 def decode_events(data: bytes) -> EventEnvelope:
+    """What a worker says to all routers. Raises BadMessage."""
     return _decode(_events, data)
 
 
 def decode_beat(data: bytes) -> Beat:
+    """What a router says to all workers. Raises BadMessage."""
     return _decode(_beat, data)
 
 
 def decode_pong(data: bytes) -> Pong:
+    """The answer to a `Ping`. Raises BadMessage."""
     return _decode(_pong, data)
 
 
 def decode_snapshot(data: bytes) -> KvSnapshot:
+    """The answer to a `GetKvSnapshot`. Raises BadMessage."""
     return _decode(_snapshot, data)
 
 
@@ -68,6 +75,7 @@ def encode_info(info: WorkerInfo) -> bytes:
 
 
 def decode_info(data: bytes) -> WorkerInfo:
+    """The registry's value for a worker. Raises BadMessage."""
     return _decode(_info, data)
 
 

@@ -2,6 +2,7 @@
 
 - `BatonError`
   - `LocalError`: our own bug or misuse; crash loudly.
+  - `ConfigError`: settings that cannot work; one line at start.
   - `RemoteError`: the other side's; count it, drop it or answer with a 4xx.
     - `BadMessage`: bytes on the bus that are no message of that mailbox.
   - `ClientError`: goes to the client as an OpenAI error object.

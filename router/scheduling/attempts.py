@@ -3,8 +3,8 @@
 Attempts are charged per choice and forgiven by progress; what is nobody's fault (a refusal, a lost
 message) is free until it repeats too often. Retries of all choices together are a share of what was
 admitted, plus a floor: a struggling fleet is not killed by its own second chances. Not counted are
-those after the loss of a worker or of a message: there are never more than it had, and a full batch
-must not wait for a window to pass.
+those after the loss of a worker or of a message, and after a pull that failed: there are never more
+than it had or lent, and a full batch must not wait for a window to pass.
 """
 
 from collections.abc import Sequence

@@ -91,8 +91,7 @@ class EndChoice(Struct, frozen=True, gc=False):
 
 
 class Note(Struct, frozen=True, gc=False):
-    """Something worth counting and one log line: replay, retry, resume, local_prefill, suspect,
-    preempted queue, worker_live, worker_silent, ..."""
+    """Something worth counting and one log line, by its kind and cause."""
 
     kind: Literal[
         "replay",

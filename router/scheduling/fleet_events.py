@@ -27,7 +27,6 @@ from router.scheduling.tables import Tables
 SECOND_UNREACHABLE_S: Final = 0.5
 _REASK_S: Final = 0.25
 _SNAPSHOT_AGAIN_S: Final = 6.0
-_STRAY_S: Final = 1.0
 AFTER_OUTAGE_PATIENCE: Final = 2
 
 

@@ -97,6 +97,7 @@ def tokens_ahead(worker: Worker, want: Want) -> int:
 
 
 def fits_prefill(worker: Worker, want: Want) -> bool:
+    """A few whole batches may wait at a worker. One with nothing of ours always fits, as below."""
     capacity = worker.info.capacity
     if worker.claim or worker.refused or want.tokens > capacity.max_context:
         return False
@@ -118,15 +119,18 @@ def fits_decode(worker: Worker, want: Want) -> bool:
 
 
 def prefill_cost(worker: Worker, want: Want, uncached: int) -> float:
+    """In tokens: what it computes until this choice's first, `uncached` of them the choice's."""
     return tokens_ahead(worker, want) + uncached + RUNNING_COST * worker.running
 
 
 def decode_cost(worker: Worker, want: Want, uncached: int) -> float:
+    """The same, and dearer the fuller its blocks are: later tokens need room."""
     crowd = (worker.blocks + worker.foreign_blocks) / max(1, worker.info.capacity.num_blocks)
     return prefill_cost(worker, want, uncached) + FULL_COST * crowd
 
 
 def choose_prefill(want: Want, found: Mapping[Worker, None]) -> Pick | None:
+    """The cheapest of those found that it fits and has not failed it; None if there is none."""
     best: Pick | None = None
     for worker in found:
         if worker.incarnation in want.excluded or not fits_prefill(worker, want):

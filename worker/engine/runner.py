@@ -93,6 +93,3 @@ class ModelRunner(Protocol):
         """Write KV of all chunks into their blocks, fill in their `scores`, return the sampled
         id of each (None where `sample` is false). Blocks; runs in the engine's thread. When it
         returns nothing is under way in the arena: blocks are lent, or pulled into, right after."""
-
-    def copy_block(self, source: int, target: int) -> None:
-        """Copy-on-write of one block; complete when it returns."""

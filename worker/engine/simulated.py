@@ -115,10 +115,6 @@ class SimulatedRunner:
                 break
         return [self._run(chunk) for chunk in chunks]
 
-    def copy_block(self, source: int, target: int) -> None:
-        arena = self._bound()
-        arena.block(target)[:] = arena.block(source)
-
     def _duration(self, chunks: Sequence[Chunk]) -> float:
         config = self._config
         num_prefill = sum(len(chunk.ids) for chunk in chunks if len(chunk.ids) > 1)

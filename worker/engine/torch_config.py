@@ -39,11 +39,6 @@ class LlamaConfig:
     """Queries and keys are normalised, head by head, before they are turned."""
     tied_embeddings: bool
 
-    @property
-    def num_groups(self) -> int:
-        """Query heads for each KV head."""
-        return self.num_heads // self.num_kv_heads
-
     def kv_bytes_per_token(self, item_bytes: int) -> int:
         return self.num_layers * 2 * self.num_kv_heads * self.head_dim * item_bytes
 

@@ -104,10 +104,6 @@ class TorchRunner:
             tokens[index] = token
         return tokens
 
-    def copy_block(self, source: int, target: int) -> None:
-        self.kv.blocks[target] = self.kv.blocks[source]
-        settle(self.device)
-
 
 def build_torch(
     config: WorkerConfig, transfers: list[Transfer], stepper: StepperConfig

@@ -1,7 +1,7 @@
 """Which sources a fabric library (NIXL) is fit for: those that it reaches by a fast way.
 
 Where neither RDMA nor CMA works between two processes, UCX goes over TCP without a word, at a tenth
-of the speed of `shm` and half of our own `tcp`. So under `auto` an offer is taken only if its
+of the speed of `shm` and a third of our own `tcp`. So under `auto` an offer is taken only if its
 memory is on a GPU, or both ends have RDMA, or we have just read a known word of that very process
 the way CMA would. Frozen sources can be read too; a dead one is left to the pull, which says so.
 

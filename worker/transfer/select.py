@@ -2,8 +2,8 @@
 
 `auto` runs all that work here and offers them all; who pulls picks, knowing both hosts:
 nixl where it has RDMA or KV is on a GPU; else shm on one host; else nixl where CMA works, tried and
-not assumed; else tcp. Shm comes before CMA because it was measured to cost a half to a quarter of
-it (ADR 8). `ucx` is never chosen by itself: it is slower than tcp wherever tcp was measured.
+not assumed; else tcp. Shm comes before CMA because it was measured to cost a half to two thirds
+of it (ADR 8). `ucx` is never chosen by itself: it is slower than tcp wherever tcp was measured.
 
 Knows the transports' names and constructors, nothing of how they move bytes.
 """

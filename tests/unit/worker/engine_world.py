@@ -207,9 +207,6 @@ class GatedRunner:
         tokens = self._inner.step(chunks)
         return tokens[1:] if self.forgets_a_token else tokens
 
-    def copy_block(self, source: int, target: int) -> None:
-        self._inner.copy_block(source, target)
-
 
 class HeldTransfer:
     """A real transport whose operations end only when the test lets them."""

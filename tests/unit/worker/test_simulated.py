@@ -143,12 +143,6 @@ def test_speed_zero_does_not_wait(bench: Bench) -> None:
     assert bench.waited == []
 
 
-def test_copied_block_is_equal(bench: Bench) -> None:
-    bench.generate([0, 1, 2, 3], prompt_of(10), 1)
-    bench.runner.copy_block(0, 9)
-    assert bench.arena.block(9) == bench.arena.block(0)
-
-
 def test_too_little_kv_to_chain_is_refused() -> None:
     with pytest.raises(ConfigError, match="16 bytes"):
         SimulatedRunner(

@@ -188,9 +188,6 @@ def test_the_device_is_settled_before_anybody_can_touch_the_blocks(
         step = Chunk(chunk.blocks, chunk.ids, 0, False, chunk.sampling, 0)
         assert bench.runner.step([step]) == [None]
         assert seen == [(CPU, True)]
-        bench.runner.copy_block(3, 5)
-        assert len(seen) == 2
-        assert kv.blocks[5].any()
 
 
 def test_settling_waits_for_the_stream_of_that_device(monkeypatch: pytest.MonkeyPatch) -> None:

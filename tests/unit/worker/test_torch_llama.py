@@ -144,16 +144,6 @@ def test_blocks_work_in_another_arena(folder: Path) -> None:
     assert difference(ours[0], theirs[-3:]) < TOLERANCE
 
 
-def test_copied_block_goes_on_by_itself(folder: Path) -> None:
-    ids, other = prompt_of(BLOCK + 5), prompt_of(3, salt=9)
-    with bench_of(folder) as bench:
-        bench.in_chunks([0, 1], ids[:-3], 100)
-        bench.runner.copy_block(1, 2)
-        bench.logits([chunk_of([0, 1], other, BLOCK + 2)])
-        ours = bench.logits([chunk_of([0, 2], ids[-3:], BLOCK + 2)])
-    assert difference(ours[0], reference(folder).logits(ids)[-3:]) < TOLERANCE
-
-
 def test_numbers_of_who_had_the_block_before_cannot_come_near(folder: Path) -> None:
     """Masked is not enough: 0 * nan is nan."""
     prompts = [prompt_of(BLOCK + 2), prompt_of(3 * BLOCK + 1, salt=1)]
