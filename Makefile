@@ -13,8 +13,9 @@ PIP := $(BIN)/pip --disable-pip-version-check
 .PHONY: help up test test-vllm sim fuzz check model fmt bench chaos overload soak clean
 
 help:
-	@echo "make up      start nats-server, etcd, a router, a prefill and a decode worker (ENGINE=torch|simulated PORT=8000)"
-	@echo "make test    run every test"
+	@echo "make up      start nats-server, etcd, a router, a prefill and a decode worker"
+	@echo "             (ENGINE=torch|simulated PORT=8000 PREFILL=1 DECODE=1 TRANSFER=auto STATE=.state)"
+	@echo "make test    run every test that needs neither vLLM nor a GPU (TESTS=tests/unit)"
 	@echo "make test-vllm  two vLLM servers behind Baton (installs vLLM for CPUs, 3.7 GB; about 5 minutes)"
 	@echo "make model   every interleaving of small fleets with faults (STATES=1000000 SCOPE=name MUTANTS=1 for more)"
 	@echo "make sim     whole fleets in virtual time with random faults (SEEDS=10000 FIRST=0 JOBS=2)"
@@ -23,7 +24,9 @@ help:
 	@echo "make chaos   break real processes, row by row (TRANSPORT=shm,tcp,nixl,nixl-tcp ROWS=kill/*,etcd JSON=file)"
 	@echo "make overload  ten times what a fleet can do (SECONDS=60 TRANSPORT=shm)"
 	@echo "make soak    mixed traffic with a fault every few seconds, and what grows (MINUTES=10 CLIENTS=8 TRANSPORT=shm)"
+	@echo "make fuzz    hostile bytes for every decoder (SECONDS=60 SEED=0 ONLY=name)"
 	@echo "make bench   what a token costs each process (BENCH='requests --rounds 3', latency, scheduler, paths, transfer, engine)"
+	@echo "make clean   remove what make has built and .state"
 
 # --- environments: each stamp is one layer, so that `make up ENGINE=simulated` needs no torch ---
 $(VENV)/.created:
@@ -127,7 +130,6 @@ soak: $(VENV)/.dev
 	$(BIN)/python -m tests.chaos.soak --transport '$(TRANSPORT)' --minutes $(MINUTES) --clients $(CLIENTS) $(if $(JSON),--json '$(JSON)')
 
 # Hostile bytes for everything that reads what others wrote; a table, and an error if any is bad.
-SECONDS ?= 60
 SEED ?= 0
 ONLY ?=
 fuzz: $(VENV)/.dev

@@ -67,18 +67,39 @@ def _version(wanted: Sequence[str]) -> str:
 
 def _add_up(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="", metavar="DIR", help="model folder; default: demo")
-    parser.add_argument("--prefill", type=int, default=1, metavar="N", help="prefill workers")
-    parser.add_argument("--decode", type=int, default=1, metavar="N", help="decode workers")
-    parser.add_argument("--both", type=int, default=0, metavar="N", help="workers of both roles")
-    parser.add_argument("--engine", choices=["torch", "simulated"], default="torch")
-    parser.add_argument("--transfer", choices=["auto", "nixl", "ucx", "shm", "tcp"], default="auto")
-    parser.add_argument("--host", default="127.0.0.1", help="where the router listens")
-    parser.add_argument("--port", type=int, default=8000, help="of the router; 0: any free one")
-    parser.add_argument("--state-dir", default="", metavar="D", help="logs, data, processes.json")
+    parser.add_argument("--prefill", type=int, default=1, metavar="N", help="prefill workers (1)")
+    parser.add_argument("--decode", type=int, default=1, metavar="N", help="decode workers (1)")
     parser.add_argument(
-        "--log-level", choices=["debug", "info", "warning", "error"], default="info"
+        "--both", type=int, default=0, metavar="N", help="workers of both roles (0)"
     )
-    parser.add_argument("--log-format", choices=["text", "json"], default="text")
+    parser.add_argument(
+        "--engine", choices=["torch", "simulated"], default="torch", help="what computes (torch)"
+    )
+    parser.add_argument(
+        "--transfer",
+        choices=["auto", "nixl", "ucx", "shm", "tcp"],
+        default="auto",
+        help="how KV moves (auto: the best that two workers have in common)",
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="where the router listens (127.0.0.1)")
+    parser.add_argument(
+        "--port", type=int, default=8000, help="of the router (8000); 0: any free one"
+    )
+    parser.add_argument(
+        "--state-dir",
+        default="",
+        metavar="D",
+        help="logs, data, processes.json (a new temporary folder)",
+    )
+    parser.add_argument(
+        "--log-level",
+        choices=["debug", "info", "warning", "error"],
+        default="info",
+        help="how much to log (info)",
+    )
+    parser.add_argument(
+        "--log-format", choices=["text", "json"], default="text", help="of all processes (text)"
+    )
     parser.add_argument(
         "--set",
         action="append",

@@ -22,6 +22,8 @@ from protocol.settings import ProcessSettings
 C = TypeVar("C", bound=ProcessSettings)
 
 _PREFIX: Final = "BATON_"
+_UNITS: Final = ("MS", "BYTES", "PORT")
+"""Last words of names that say what kind of number it is."""
 _LISTS: Final = ("nats", "etcd", "api_keys")
 
 
@@ -39,7 +41,7 @@ def add_flags(parser: argparse.ArgumentParser, config: type[ProcessSettings]) ->
             dest=field.name,
             default=argparse.SUPPRESS,
             choices=choices,
-            metavar=None if choices else field.name.rpartition("_")[2].upper(),
+            metavar=None if choices else _metavar(field.name, kind),
             help=f"{text} (default: {shown_default(field)})".replace("%", "%%"),
         )
 
@@ -51,6 +53,12 @@ def unwrapped(kind: Any) -> tuple[Any, str]:
     plain, *extra = typing.get_args(kind)
     texts = [meta.description for meta in extra if isinstance(meta, msgspec.Meta)]
     return plain, texts[0] or "" if texts else ""
+
+
+def _metavar(name: str, kind: Any) -> str:
+    unit = name.rpartition("_")[2].upper()
+    is_number = bool({int, float} & {kind, *typing.get_args(kind)})
+    return "N" if is_number and unit not in _UNITS else unit
 
 
 def _choices(kind: Any) -> tuple[str, ...] | None:
