@@ -11,7 +11,7 @@ from typing import Final
 
 from protocol.errors import LocalError
 from protocol.ids import JobKey
-from protocol.out import Delta, Leg
+from protocol.out import Delta, FailureCode, Leg
 from text.tokenizer import Tokenizer
 from worker.engine import telling
 from worker.engine.base import DecodeJob, DecodingInfo, EngineError, EngineStats, Load, PrefillJob
@@ -219,7 +219,8 @@ class EngineCore:
         outputs.taken[key] = serial
         if sequence.stage is Stage.COMPILING:
             self._compiling.append(sequence)
-            self._grammars.request(key, serial, job.sampling, job.output_ids)
+            if not self._grammars.request(key, serial, job.sampling, job.output_ids):
+                self._fail(sequence, "aborted", "too many schemas wait to be compiled", now)
         else:
             self._roster.waiting.append(sequence)
 
@@ -246,7 +247,7 @@ class EngineCore:
         if sequence is None or sequence.serial != message.serial:
             return
         if isinstance(message.result, str):
-            self._fail_grammar(sequence, message.result, now)
+            self._fail(sequence, "invalid_request", f"grammar: {message.result}", now)
             return
         self._compiling.remove(sequence)
         sequence.grammar = message.result
@@ -259,15 +260,9 @@ class EngineCore:
 
     def _give_up_grammars(self, now: float) -> None:
         while self._compiling and now - self._compiling[0].submitted_at > COMPILE_TIMEOUT_S:
-            sequence = self._compiling[0]
             # Perhaps others' schemas are the hard ones: another worker may try.
             message = f"no grammar after {COMPILE_TIMEOUT_S:g} s"
-            telling.failed(self._outputs, sequence, "engine", message)
-            self._drop(sequence, now)
-
-    def _fail_grammar(self, sequence: ActiveSequence, message: str, now: float) -> None:
-        telling.failed(self._outputs, sequence, "invalid_request", f"grammar: {message}")
-        self._drop(sequence, now)
+            self._fail(self._compiling[0], "engine", message, now)
 
     # admission
 
@@ -309,8 +304,7 @@ class EngineCore:
                 case PullReady(info=info):
                     self._arrived(sequence, info)
                 case PullLost(code=code, message=message):
-                    telling.failed(self._outputs, sequence, code, message)
-                    self._drop(sequence, now)
+                    self._fail(sequence, code, message, now)
                 case PullMoved(done=done, total=total):
                     telling.progress(self._outputs, sequence, "transfer", done, total, now)
 
@@ -341,7 +335,7 @@ class EngineCore:
             try:
                 self._advance(sequence, chunk, token, now)
             except GrammarError as error:
-                self._fail_grammar(sequence, str(error), now)
+                self._fail(sequence, "invalid_request", f"grammar: {error}", now)
 
     def _advance(
         self, sequence: ActiveSequence, chunk: Chunk, token: int | None, now: float
@@ -381,12 +375,17 @@ class EngineCore:
 
     # endings
 
+    def _fail(self, sequence: ActiveSequence, code: FailureCode, message: str, now: float) -> None:
+        telling.failed(self._outputs, sequence, code, message)
+        self._drop(sequence, now)
+
     def _drop(self, sequence: ActiveSequence, now: float) -> None:
         """It is over here, wherever it stands."""
         if sequence.stage is Stage.PULLING:
             self._puller.abandon(sequence, now)
         elif sequence.stage is Stage.COMPILING:
             self._compiling.remove(sequence)
+            self._grammars.withdraw(sequence.key, sequence.sampling.grammar)
         self._roster.drop(sequence)
         del self._known[sequence.key]
 
@@ -395,5 +394,4 @@ class EngineCore:
         self._broken = reason
         self._outputs.unhealthy = reason
         for sequence in list(self._known.values()):
-            telling.failed(self._outputs, sequence, "engine", reason)
-            self._drop(sequence, self._clock())
+            self._fail(sequence, "engine", reason, self._clock())

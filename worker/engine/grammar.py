@@ -49,9 +49,14 @@ class GrammarState:
     def advance(self, token: int) -> None:
         """`token` is the next of the output. Errors: GrammarError if the grammar does not allow it,
         or cannot go on within its bounds of time and memory."""
-        if not self._matcher.consume_token(token):
-            raise GrammarError(_one_line(self._matcher.get_error()))
-        self._look()
+        try:
+            if not self._matcher.consume_token(token):
+                raise GrammarError(_one_line(self._matcher.get_error()))
+            self._look()
+        except GrammarError:
+            raise
+        except BaseException as error:  # noqa: BLE001  a panic ends this output, not the engine
+            raise GrammarError(f"the grammar broke: {type(error).__name__}") from None
 
     def _look(self) -> None:
         mask = bytearray(self._matcher.compute_bitmask())

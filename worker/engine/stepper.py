@@ -291,7 +291,7 @@ class Stepper:
                 continue
             try:
                 more = self._turn(core, delivery)
-            except Exception as error:  # noqa: BLE001  ends the engine, not the process
+            except BaseException as error:  # noqa: BLE001  a panic too; ends the engine alone
                 _log.exception("the engine broke one of its own rules")
                 self._collapsed = True
                 self._send(delivery, core.collapse(f"the engine failed: {error!r}"))

@@ -183,7 +183,7 @@ class GatedRunner:
         self._gate = threading.Event()
         self._gate.set()
         self.entered = asyncio.Event()
-        self.crash: Exception | None = None
+        self.crash: BaseException | None = None
         self.forgets_a_token = False
         self._inner = inner
         self._loop = loop

@@ -2,21 +2,15 @@
 
 import json
 import sys
-import threading
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 import baton
-from protocol.ids import JobKey
-from protocol.sampling import Sampling
 from text.assets import byte_assets, load_assets
 from text.tokenizer import Tokenizer
 from worker.engine.grammar import GrammarCompiler, GrammarError, GrammarState
-from worker.engine.grammar_desk import GrammarDesk
-from worker.engine.messages import GrammarMade
 
 OBJECT = '{"type":"object"}'
 PERSON = json.dumps(
@@ -205,69 +199,6 @@ def test_compiled_grammars_are_kept_up_to_a_number() -> None:
     assert compiler.num_compiled == 4
 
 
-class Posted:
-    """What a desk posts."""
-
-    def __init__(self) -> None:
-        self.made: list[GrammarMade] = []
-        self._more = threading.Condition()
-
-    def __call__(self, message: GrammarMade) -> None:
-        with self._more:
-            self.made.append(message)
-            self._more.notify()
-
-    def wait(self, count: int) -> list[GrammarMade]:
-        with self._more:
-            assert self._more.wait_for(lambda: len(self.made) >= count, 20)
-        return self.made
-
-
-class Stubborn:
-    """A compiler that waits for the test, or breaks."""
-
-    def __init__(self, act: Callable[[], object]) -> None:
-        self._act = act
-
-    def state(self, *args: object, **options: object) -> object:
-        return self._act()
-
-
-def panic() -> object:
-    raise BaseException("thread panicked\nat some line")  # as the library's panics are
-
-
-def test_desk_answers_each_wish_and_survives_a_panic() -> None:
-    posted = Posted()
-    desk = GrammarDesk(GrammarCompiler(BYTES), posted)
-    desk.request(JobKey("r", 1), 5, Sampling(9, grammar=OBJECT), ids_of(BYTES, "{"))
-    desk.request(JobKey("r", 2), 6, Sampling(9, grammar="["), ())
-    made = {message.key.attempt: message for message in posted.wait(2)}
-    assert isinstance(made[1].result, GrammarState)
-    assert ord("}") in able(made[1].result)
-    assert made[1].serial == 5
-    assert isinstance(made[2].result, str)
-    desk.stop()
-    broken = GrammarDesk(Stubborn(panic), posted)  # type: ignore[arg-type]
-    for number in range(3):
-        broken.request(JobKey("r", 3), number, Sampling(9, grammar=OBJECT), ())
-    results = [message.result for message in posted.wait(5)[2:]]
-    assert results == ["the schema cannot be compiled: BaseException"] * 3
-    broken.stop()
-
-
-def test_slow_schema_does_not_hold_up_the_next() -> None:
-    posted, gate = Posted(), threading.Event()
-    turns = iter([lambda: gate.wait(20), lambda: "quick"])
-    desk = GrammarDesk(Stubborn(lambda: next(turns)()), posted)  # type: ignore[arg-type]
-    desk.request(JobKey("r", 1), 1, Sampling(9, grammar=OBJECT), ())
-    desk.request(JobKey("r", 2), 2, Sampling(9, grammar=OBJECT), ())
-    assert [message.result for message in posted.wait(1)] == ["quick"]
-    gate.set()
-    posted.wait(2)
-    desk.stop()
-
-
 def test_without_the_library_schemas_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llguidance", None)
     assert "no llguidance" in GrammarCompiler(BYTES).prepare()
@@ -289,3 +220,22 @@ def test_numbers_that_would_end_the_process_are_refused(schema: dict[str, object
         GrammarCompiler(BYTES).state(json.dumps(schema))
     near = json.dumps({"enum": [-(2**63) + 2048, 2**63 - 2048, True, -1.5e300]})
     GrammarCompiler(BYTES).state(near)
+
+
+def test_a_panic_of_the_library_ends_one_output_and_not_the_engine() -> None:
+    class Panic(BaseException):
+        """As Rust's are, seen from Python."""
+
+    class Matcher:
+        def compute_bitmask(self) -> bytes:
+            return b"\xff"
+
+        def get_error(self) -> str:
+            return ""
+
+        def consume_token(self, _token: int) -> bool:
+            raise Panic("poisoned")
+
+    state = GrammarState(Matcher(), 7, frozenset())
+    with pytest.raises(GrammarError, match="the grammar broke: Panic"):
+        state.advance(1)

@@ -293,3 +293,23 @@ async def test_jobs_that_wait_for_a_place_are_told_of_while_the_engine_turns() -
         assert result is not None
         assert result.handle is not None
         world.stepper.release([result.handle.handle_id])
+
+
+class Panic(BaseException):
+    """As the panics of a library in Rust: not an `Exception`."""
+
+
+@pytest.mark.parametrize("crash", [Panic("at some line"), None], ids=["panic", "a rule is broken"])
+async def test_crash_of_the_thread_ends_the_engine_aloud(crash: BaseException | None) -> None:
+    async with running() as world:
+        world.healthy = False
+        world.runner.crash = crash
+        world.runner.forgets_a_token = crash is None
+        attempt = await world.over(world.decode(prompt_of(9)))
+        assert attempt.failed is not None
+        assert attempt.failed.code == "engine"
+        await world.recorder.until(lambda: world.recorder.reasons)
+        assert world.recorder.reasons == [attempt.failed.message]
+        assert attempt.failed.message.startswith("the engine failed: ")
+        late = await world.over(world.decode(prompt_of(9)))
+        assert late.failed == attempt.failed

@@ -147,11 +147,13 @@ class Gate:
     """Compiling waits for the test."""
 
     def __init__(self) -> None:
+        self.asked: list[str] = []
         self.open = threading.Event()
         self.loop = asyncio.get_running_loop()
         self.entered = asyncio.Event()
 
-    def wait(self) -> None:
+    def wait(self, schema: str) -> None:
+        self.asked.append(schema)
         self.loop.call_soon_threadsafe(self.entered.set)
         assert self.open.wait(20)
 
@@ -161,9 +163,9 @@ def gated(world: World, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     gate = Gate()
     real = GrammarCompiler.state
 
-    def state(self: GrammarCompiler, *args: object, **options: object) -> GrammarState:
-        gate.wait()
-        return real(self, *args, **options)  # type: ignore[arg-type]
+    def state(self: GrammarCompiler, schema: str, *args: object, **options: object) -> GrammarState:
+        gate.wait(schema)
+        return real(self, schema, *args, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(GrammarCompiler, "state", state)
     try:
@@ -216,6 +218,45 @@ async def test_grammar_that_takes_too_long_is_given_up(monkeypatch: pytest.Monke
                 "engine",
                 "no grammar after 20 s",
             )
+
+
+def constant(number: int) -> Sampling:
+    return Sampling(max_tokens=9, grammar=json.dumps({"const": number}))
+
+
+@pytest.mark.parametrize("how", ["cancelled", "given up"])
+async def test_schema_that_nobody_waits_for_is_not_compiled(
+    how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running() as world:
+        with gated(world, monkeypatch) as gate:
+            keys = [world.decode(prompt_of(9), constant(number)) for number in range(3)]
+            await gate.entered.wait()
+            if how == "cancelled":
+                world.stepper.cancel(keys.pop())
+            else:
+                world.clock.ahead_s += grammar_desk.COMPILE_TIMEOUT_S + 1
+                assert all([(await world.over(key)).failed for key in keys])
+                keys.clear()
+            await world.over(world.decode(prompt_of(9), Sampling(max_tokens=1)))
+            last = world.decode(prompt_of(9), constant(3))
+            gate.open.set()
+            texts = [(await world.over(key)).text for key in [*keys, last]]
+            assert texts == [*map(str, range(len(keys))), "3"]
+            assert {*gate.asked} == {constant(number).grammar for number in (0, 1, 3)}
+
+
+async def test_schema_too_many_is_refused_at_once_and_may_be_tried_elsewhere(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(grammar_desk, "MAX_UNCOMPILED", 0)
+    async with running() as world:
+        for start, leg in ((world.decode, "decode"), (world.prefill, "prefill")):
+            attempt = await world.over(start(prompt_of(9), OBEYING))
+            assert attempt.failed is not None
+            assert (attempt.failed.leg, attempt.failed.code) == (leg, "aborted")
+            assert attempt.failed.message == "too many schemas wait to be compiled"
+        assert len((await world.over(world.decode(prompt_of(9), Sampling(max_tokens=9)))).ids) == 9
 
 
 async def test_grammar_that_breaks_on_the_way_ends_its_choice_alone(
