@@ -54,6 +54,9 @@ class RouterConfig(ProcessSettings, frozen=True, kw_only=True, forbid_unknown_fi
     ping_interval_ms: Annotated[
         int, about("a stream whose first token is not there yet gets a comment this often")
     ] = 15_000
+    outage_timeout_ms: Annotated[
+        int, about("NATS may be away for so long before the requests that run end with a 503")
+    ] = 120_000
     request_timeout_ms: Annotated[
         int | None, about("cap on a whole request; none by default, so long answers are never cut")
     ] = None
@@ -97,6 +100,7 @@ class RouterConfig(ProcessSettings, frozen=True, kw_only=True, forbid_unknown_fi
             kv_transfer_timeout_s=self.kv_transfer_timeout_ms / 1e3,
             stall_timeout_s=self.stall_timeout_ms / 1e3,
             replay_timeout_s=self.replay_timeout_ms / 1e3,
+            outage_timeout_s=self.outage_timeout_ms / 1e3,
             request_timeout_s=request_s,
             max_queue=self.max_queue,
             max_attempts=self.max_attempts,

@@ -27,6 +27,7 @@ OUTCOMES: Final[dict[str, Told]] = {
     "attempts_exhausted": Told(502, 1),
     "worker_killer": Told(500, None),
     "worker_failed": Told(502, 1),
+    "outage_timeout": Told(503, 5),
     "request_timeout": Told(504, None),
     "shutting_down": Told(503, 1),
     "cancelled": Told(499, None),

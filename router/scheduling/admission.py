@@ -63,7 +63,7 @@ class Admission:
         self.lonely: OrderedDict[str, Choice] = OrderedDict()
         """Those that run alone on a worker."""
         self.parked: dict[str, Choice] = {}
-        """Those whose every worker has failed them: they wait a little."""
+        """Those whom only those could take that failed them, or nobody: they wait a little."""
         self.num_queued = 0
         """In lanes and lonely."""
 

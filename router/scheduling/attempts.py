@@ -14,6 +14,8 @@ from router.scheduling.limits import Limits
 
 FREE_SHARE: Final = 4
 """Free moves per charged attempt that a choice has before they are charged too."""
+LOOKS: Final = 3
+"""So often a choice that finds room only where it has failed stands aside before it goes there."""
 DEATHS_ALONE: Final = 2
 """After so many process deaths under it a choice runs alone, and one more convicts it."""
 DEATHS_IN_COMPANY: Final = 3
@@ -25,8 +27,8 @@ class Tries:
     """One choice's account."""
 
     __slots__ = (
-        "acquitted", "begun_at", "charged", "deaths", "excluded", "free", "killer", "local",
-        "lost_pulls", "mark", "tokens_under_deaths",
+        "acquitted", "away", "begun_at", "charged", "deaths", "excluded", "free", "killer", "local",
+        "looks", "lost_pulls", "mark", "tokens_under_deaths",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -45,7 +47,11 @@ class Tries:
         self.mark = 0
         """Tokens the stream had at the last reset."""
         self.excluded: set[str] = set()
-        """Incarnations that failed this choice."""
+        """Incarnations that failed this choice: others are asked, as long as they have room."""
+        self.away: set[str] = set()
+        """Those of them that did no more than fall silent."""
+        self.looks = 0
+        """How often it stood aside since the last of them did."""
         self.lost_pulls = 0
         self.local = False
         """Its KV comes over no wire any more: it is prefilled where it decodes."""
@@ -57,7 +63,27 @@ class Tries:
             self.charged = self.free = 0
             self.lost_pulls = 0
             self.local = False
-            self.excluded.clear()
+            self.forgive()
+
+    def exclude(self, incarnation: str, *, away: bool = False) -> None:
+        if away and incarnation not in self.excluded:
+            self.away.add(incarnation)
+        elif not away:
+            self.away.discard(incarnation)
+        self.excluded.add(incarnation)
+        self.looks = 0
+
+    def came_back(self, incarnation: str) -> None:
+        """It was only away."""
+        if incarnation in self.away:
+            self.away.discard(incarnation)
+            self.excluded.discard(incarnation)
+
+    def forgive(self) -> None:
+        """It may go to everybody again."""
+        self.excluded.clear()
+        self.away.clear()
+        self.looks = 0
 
     def charge(self, limits: Limits, *, free: bool) -> None:
         if free and self.free < FREE_SHARE * limits.max_attempts:

@@ -299,10 +299,17 @@ class FleetEvents:
         t = self._t
         if t.frozen_at is None:
             t.frozen_at = t.now
+            t.deadlines.arm(t.outage_timer, t.now + t.limits.outage_timeout_s)
+
+    def on_outage_due(self) -> None:
+        """The other deadlines stand still without a bus: this one bounds what they do not."""
+        for choice in [c for c in self._t.choices.values() if c.prefill or c.decode or c.lent]:
+            self._mover.end(choice, "expired", "outage_timeout")
 
     def on_bus_up(self) -> None:
         """Nothing was heard for a while and nothing follows from that: ask everybody."""
         t = self._t
+        t.deadlines.disarm(t.outage_timer)
         if t.frozen_at is not None:
             t.outage_s += max(0.0, t.now - t.frozen_at)
             t.frozen_at = None

@@ -16,6 +16,8 @@ class Limits:
     stall_timeout_s: float = 10.0
     replay_timeout_s: float = 1.0
     """How long a replay may stay unanswered before the work moves."""
+    outage_timeout_s: float = 120.0
+    """How long our own bus may be away before what runs ends with it."""
     request_timeout_s: float | None = None
     max_queue: int = 4096
     """Choices waiting; more are rejected at once."""

@@ -19,6 +19,7 @@ _MAX_PULL_FAILURES: Final = 2
 """So many decode workers may fail on one handle before its source is blamed."""
 _PAUSE_S: Final = 0.1
 _MAX_PAUSE_S: Final = 2.0
+_LOOK_S: Final = 0.5
 _KILLER: Final = "workers died under this request, again and again"
 
 
@@ -87,7 +88,7 @@ class Mover:
         tries = choice.tries
         tries.progressed(t.view.num_output(choice.id), t.limits)
         if exclude:
-            tries.excluded.add(attempt.worker.incarnation)
+            tries.exclude(attempt.worker.incarnation, away=died)
         if died and (attempt.phase == "decoding" or _computes(attempt)):
             output = t.view.num_output(choice.id)
             tries.died(attempt.worker.incarnation, output, alone=choice.id in t.claims)
@@ -110,8 +111,10 @@ class Mover:
             self.requeue(choice, cause, worker=attempt.worker.id, leg=leg, resumable=resumable)
 
     def came_back(self, incarnation: str) -> None:
-        """It was only away: nobody has killed it."""
+        """It was only away: nobody has killed it, and whom it failed may try it again."""
         self._suspects.absolve([incarnation])
+        for choice in self._t.choices.values():
+            choice.tries.came_back(incarnation)
 
     def lose_source(self, choice: Choice, cause: str) -> None:
         """The lender died while the handle waited for a decode worker."""
@@ -147,7 +150,7 @@ class Mover:
         if lent.expires_at is not None:
             return False  # whoever began to pull may have used it up: such a source cannot say
         if lent.failures >= _MAX_PULL_FAILURES:
-            choice.tries.excluded.add(source.incarnation)
+            choice.tries.exclude(source.incarnation)
             return False
         return source.live and not source.dead
 
@@ -190,21 +193,29 @@ class Mover:
 
     def park(self, choice: Choice) -> None:
         """Every worker has failed it: all may try again, after a pause that grows."""
+        choice.tries.forgive()
+        self._pause(choice, _PAUSE_S * 2**choice.tries.charged)
+
+    def step_aside(self, choice: Choice) -> None:
+        """Those that have room have failed it, or all are too small: the others must not wait for
+        it. It looks again after a pause that grows."""
+        self._pause(choice, _LOOK_S * 2**choice.tries.looks)
+        choice.tries.looks += 1
+
+    def _pause(self, choice: Choice, pause_s: float) -> None:
         t = self._t
         t.stop_waiting(choice)
         t.admission.discard(choice)
         t.admission.parked[choice.id] = choice
         if choice.backoff is None:
             choice.backoff = Timer("backoff", choice)
-        pause_s = min(_MAX_PAUSE_S, _PAUSE_S * 2**choice.tries.charged)
-        t.deadlines.arm(choice.backoff, t.now + pause_s * (0.5 + t.rng.random()))
+        t.deadlines.arm(choice.backoff, t.now + min(_MAX_PAUSE_S, pause_s) * (0.5 + t.rng.random()))
 
     def unpark(self, choice: Choice) -> None:
         """The pause is over. Whom the wire has failed everywhere does without it."""
         t = self._t
         tries = choice.tries
         del t.admission.parked[choice.id]
-        tries.excluded.clear()
         tries.local = tries.local or tries.lost_pulls >= _MAX_PULL_FAILURES
         t.dirty.add(choice.spec.model)
         if choice.state == "decode_wait" and tries.local:

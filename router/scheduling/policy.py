@@ -6,7 +6,7 @@ prefix, the freest few and some random samples; pure sampling leaves work waitin
 workers, pure freedom never uses a cache. Nothing here changes anything.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Final, Protocol
 
 from msgspec import Struct
@@ -39,7 +39,7 @@ class Want(Struct, eq=False, gc=False):
     decode_blocks: int
     """Prompt, output so far and expected output."""
     block_size: int
-    excluded: set[str]
+    excluded: Set[str]
     match: Match
     num_samples: int
     shared: Reservation | None = None
@@ -115,6 +115,17 @@ def fits_decode(worker: Worker, want: Want) -> bool:
     free = capacity.num_blocks - worker.blocks - worker.foreign_blocks
     return not worker.blocks or (
         worker.running < capacity.max_running and want.decode_blocks <= free
+    )
+
+
+def could_take(pool: Pool, tokens: int, excluded: Set[str]) -> bool:
+    """Whether anybody here is large enough, however busy, and not excluded. A sequence that decodes
+    needs room for a token more."""
+    more = 1 if pool.role == "decode" else 0
+    return any(
+        tokens + more <= seat.worker.info.capacity.max_context
+        and seat.worker.incarnation not in excluded
+        for seat in pool.order
     )
 
 

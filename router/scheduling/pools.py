@@ -6,6 +6,7 @@ the freest are found without a look at the others; it also adds up places and bl
 prefill is admitted against. Nothing here costs O(workers) per request.
 """
 
+from collections.abc import Set
 from itertools import islice
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -137,7 +138,7 @@ class Pool:
         seat = self.members.get(worker.id)
         return seat is not None and seat.worker is worker
 
-    def all_in(self, incarnations: set[str]) -> bool:
+    def all_in(self, incarnations: Set[str]) -> bool:
         """True if nobody else is here (also if nobody is)."""
         return all(seat.worker.incarnation in incarnations for seat in self.order)
 

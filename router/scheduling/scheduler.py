@@ -97,6 +97,7 @@ class Scheduler:
             "backoff": self._mover.unpark,
             "request": self._on_request_due,
             "claim": suspects.on_claim_due,
+            "outage": lambda _owner: fleet.on_outage_due(),
             "drain": lambda _owner: self._t.dirty.update(self._t.fleet.models),
         }
 
@@ -144,7 +145,7 @@ class Scheduler:
         self._placer.drain()
         if choice.state != "queued":
             return
-        if t.admission.num_queued > t.limits.max_queue or self._would_expire(choice):
+        if self.num_queued > t.limits.max_queue or self._would_expire(choice):
             wait_s = t.budget.wait_s(t.admission.num_queued, t.now)
             self._mover.end(choice, "rejected", "queue_full", retry_after_s=wait_s)
         else:

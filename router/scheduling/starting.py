@@ -5,11 +5,13 @@ number of jobs: first those that hold a handle (two workers are charged for them
 run alone, then retries, then new work. A lane stops at its first choice that finds no place.
 """
 
+from collections.abc import Callable, Set
 from itertools import islice
 from typing import Final, Literal
 
 from router.scheduling.admission import Lane
 from router.scheduling.alone import Suspects
+from router.scheduling.attempts import LOOKS
 from router.scheduling.commands import Note, StartDecode, StartPrefill
 from router.scheduling.deadlines import Timer
 from router.scheduling.fleet import Model, Worker
@@ -21,6 +23,7 @@ from router.scheduling.policy import (
     candidates,
     choose_decode,
     choose_prefill,
+    could_take,
     should_disaggregate,
 )
 from router.scheduling.pools import Group
@@ -29,6 +32,7 @@ from router.scheduling.tables import Tables
 
 MAX_STARTS: Final = 32
 _NO_MATCH: Final[Match] = []
+_NOBODY: Final[Set[str]] = frozenset()
 
 Placed = Literal["started", "waits", "parked"]
 
@@ -84,7 +88,7 @@ class Placer:
     def _serve_lonely(self, name: str, model: Model) -> None:
         """Two processes died under each: a worker of its own."""
         for choice, worker in self._suspects.ready(name, model):
-            want = self._want(choice, worker.group)
+            want = self._want(choice, worker.group, choice.tries.excluded)
             self._leave_queue(choice)
             self._start_local(choice, worker, want.tokens, want.decode_blocks)
             self._suspects.started(worker)
@@ -104,40 +108,63 @@ class Placer:
     # -- one choice
 
     def _place(self, choice: Choice) -> Placed:
-        """Start a queued choice where it costs least, over all groups that may serve it."""
-        t = self._t
-        spec = choice.spec
+        """Start a queued choice where it costs least, over all groups that may serve it. It waits
+        in front of others only for what they wait for, too."""
+        tries = choice.tries
+        groups = self._groups_of(choice)
+        best = self._best(choice, groups, tries.excluded)
+        if best is None and groups and tries.excluded:
+            if all(group.decode.all_in(tries.excluded) for group in groups):
+                return self._pause(choice, self._mover.park)
+            best = self._best(choice, groups, _NOBODY)
+            if best is not None and tries.looks < LOOKS:
+                return self._pause(choice, self._mover.step_aside)
+        if best is not None:
+            self._start(choice, *best)
+            return "started"
+        if groups and self._is_too_large(choice, groups):
+            return self._pause(choice, self._mover.step_aside)
+        return "waits"
+
+    def _pause(self, choice: Choice, how: Callable[[Choice], None]) -> Placed:
+        self._left -= 1
+        how(choice)
+        return "parked"
+
+    def _groups_of(self, choice: Choice) -> list[Group]:
+        """Those that may serve it and have somebody who decodes."""
+        groups = self._t.fleet.models[choice.spec.model].groups.values()
+        digest = choice.spec.model_digest
+        return [g for g in groups if g.decode.order and digest in ("", g.digest)]
+
+    def _best(
+        self, choice: Choice, groups: list[Group], excluded: Set[str]
+    ) -> tuple[Pick, Pick | None, Group, Want] | None:
         best: tuple[Pick, Pick | None, Group, Want] | None = None
-        failed_by_all = bool(choice.tries.excluded)
-        for group in t.fleet.models[spec.model].groups.values():
-            if not group.decode.order or (spec.model_digest and spec.model_digest != group.digest):
-                continue
-            failed_by_all = failed_by_all and group.decode.all_in(choice.tries.excluded)
-            want = self._want(choice, group)
+        for group in groups:
+            want = self._want(choice, group, excluded)
             if group.has_place(want.decode_blocks):
                 self._look_up(choice, group, want)
                 found = self._plan(group, want, local=choice.tries.local)
                 if found is not None and (best is None or found[0].cost < best[0].cost):
                     best = (*found, group, want)
-        if best is not None:
-            self._start(choice, *best)
-            return "started"
-        if failed_by_all and self._has_decode(choice):
-            self._left -= 1
-            self._mover.park(choice)
-            return "parked"
-        return "waits"
+        return best
 
-    def _has_decode(self, choice: Choice) -> bool:
-        groups = self._t.fleet.models[choice.spec.model].groups.values()
-        digest = choice.spec.model_digest
-        return any(g.decode.order and digest in ("", g.digest) for g in groups)
+    def _is_too_large(self, choice: Choice, groups: list[Group]) -> bool:
+        """For everybody who is here now; those that are away may be larger."""
+        tokens = self._tokens(choice)
+        return not any(could_take(group.decode, tokens, _NOBODY) for group in groups)
 
-    def _want(self, choice: Choice, group: Group) -> Want:
+    def _tokens(self, choice: Choice) -> int:
+        """Prompt and output so far."""
+        output = self._t.view.num_output(choice.id) if choice.retrying else 0
+        return choice.spec.num_prompt_tokens + output
+
+    def _want(self, choice: Choice, group: Group, excluded: Set[str]) -> Want:
         t = self._t
         spec = choice.spec
-        output = t.view.num_output(choice.id) if choice.retrying else 0
-        tokens = spec.num_prompt_tokens + output
+        tokens = self._tokens(choice)
+        output = tokens - spec.num_prompt_tokens
         expected = max(1, min(spec.max_tokens - output, EXPECTED_OUTPUT))
         size = group.block_size
         return Want(
@@ -145,7 +172,7 @@ class Placer:
             -(-tokens // size),
             -(-(tokens + expected) // size),
             size,
-            choice.tries.excluded,
+            excluded,
             _NO_MATCH,
             t.limits.num_samples,
             t.siblings.place_of(spec.siblings),
@@ -171,7 +198,7 @@ class Placer:
             return here, None
         found = candidates(group.prefill, want, fleet.by_slot, t.rng, slots)
         there = choose_prefill(want, found)
-        if there is None and not group.prefill.all_in(want.excluded):
+        if there is None and could_take(group.prefill, want.tokens, want.excluded):
             return None  # prefill workers are busy: their queue is here
         if not should_disaggregate(want, here, there, t.limits.local_prefill_tokens):
             return here, None
@@ -185,7 +212,7 @@ class Placer:
         if there is None:
             self._start_local(choice, here.worker, here.uncached, want.decode_blocks)
             if here.uncached > t.limits.local_prefill_tokens:
-                self._note_local(choice, group, here.worker)
+                self._note_local(choice, group, want, here.worker)
             return
         worker = there.worker
         choice.move("start_prefill", t.now, worker.id)
@@ -194,10 +221,10 @@ class Placer:
         t.siblings.started(choice.spec.siblings, attempt.reservation)
         t.out.append(StartPrefill(attempt.id, choice.id, worker.id, worker.incarnation))
 
-    def _note_local(self, choice: Choice, group: Group, worker: Worker) -> None:
+    def _note_local(self, choice: Choice, group: Group, want: Want, worker: Worker) -> None:
         """Why the decode worker prefills a long prompt for itself, unless it only costs less."""
         cause = "transfer_failed" if choice.tries.local else "no_prefill_worker"
-        if choice.tries.local or group.prefill.all_in(choice.tries.excluded):
+        if choice.tries.local or not could_take(group.prefill, want.tokens, want.excluded):
             self._t.out.append(Note("local_prefill", cause, worker.id, choice.id))
 
     def _start_local(self, choice: Choice, worker: Worker, tokens: int, blocks: int) -> None:
@@ -235,11 +262,20 @@ class Placer:
             tokens, 0, lent.decode_blocks, group.block_size, tries.excluded, _NO_MATCH,
             t.limits.num_samples,
         )  # fmt: skip
-        found = candidates(group.decode, want, t.fleet.by_slot, t.rng, 1)
-        pick = choose_decode(want, found, local=False)
-        if pick is None:
-            if tries.excluded and group.decode.all_in(tries.excluded):
+        pick = self._pick_puller(group, want)
+        if pick is None and tries.excluded:
+            if group.decode.all_in(tries.excluded):
                 self._mover.park(choice)
+                return
+            want.excluded = _NOBODY
+            pick = self._pick_puller(group, want)
+            if pick is not None and tries.looks < LOOKS:
+                self._mover.step_aside(choice)
+                return
+        if pick is None:
+            if not could_take(group.decode, want.tokens, _NOBODY):
+                # Whoever could is away: it waits without blocks and without a place.
+                self._mover.requeue(choice, "too_large", worker="", leg="transfer")
             return
         self._left -= 1
         t.deadlines.disarm(choice.timer)
@@ -248,3 +284,8 @@ class Placer:
         choice.move("start_pull", t.now, worker.id)
         attempt = t.open(choice, worker, "pull", 0, lent.decode_blocks)
         t.out.append(StartDecode(attempt.id, choice.id, worker.id, worker.incarnation, lent.handle))
+
+    def _pick_puller(self, group: Group, want: Want) -> Pick | None:
+        t = self._t
+        found = candidates(group.decode, want, t.fleet.by_slot, t.rng, 1)
+        return choose_decode(want, found, local=False)

@@ -87,6 +87,7 @@ class Tables:
         self.deadlines = Deadlines()
         self.bus_deadlines = Deadlines()
         self.drain_timer = Timer("drain", None)
+        self.outage_timer = Timer("outage", None)
         self.choices: dict[str, Choice] = {}
         self.attempts: dict[int, Attempt] = {}
         self.siblings = Siblings()

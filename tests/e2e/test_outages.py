@@ -188,6 +188,25 @@ def test_the_only_decode_worker_is_gone(tmp_path: Path) -> None:
         check_exact(start_streams(fleet, asks(4, 20, kind="after")))
 
 
+def test_nats_stays_away(tmp_path: Path) -> None:
+    """Who runs is told in time, with a code. When NATS is back, workers stop what nobody wants."""
+    settings = ("worker.sim_step_ms=20", "router.outage_timeout_ms=3000")
+    with Fleet(tmp_path, settings=settings) as fleet:
+        running = start_streams(fleet, asks(4, 2000, kind="nats gone"))
+        until_flowing(running)
+        fleet.kill("nats")
+        until_ended(running)
+        for stream in running:
+            assert (stream.status, stream.is_done, stream.finish) == (200, True, "")
+            assert stream.error["code"] == "outage_timeout"
+            assert stream.ask.expected().startswith(stream.text)
+        fleet.restart("nats")
+        fleet.until(lambda: fleet.cluster_info()["bus_up"], what="the bus", timeout_s=10.0)
+        fleet.until(lambda: len(fleet.eligible()) == 2, what="the workers", timeout_s=10.0)
+        fleet.until_idle()
+        check_exact(start_streams(fleet, asks(4, 20, kind="after")))
+
+
 def refused(fleet: Fleet) -> bool:
     """`no_decode_worker`, at once."""
     began = time.monotonic()

@@ -8,6 +8,7 @@ chances there are. Looked at is the time from shortly before the choice came unt
   touched by nothing, as were its router and the fleet as a whole: no error at all;
 - a single trouble of a router, the bus, or the wire, not longer than a queue's deadline: no error;
 - a single trouble of a worker, and another worker that can decode: no error;
+- nobody waits until its deadline beside workers that have nothing to do (`idleness`);
 - `no_decode_worker` only where all that can decode were touched or the router was deaf for long;
   `worker_killer` only where three were touched; trouble with the registry excuses nothing.
 """
@@ -45,7 +46,8 @@ def is_expected(text: str) -> bool:
 
 
 def judge(fleet: "Fleet") -> list[str]:
-    return judge_clients(fleet) + judge_rest(fleet)
+    idle = [text for router in fleet.router_lives for text in router.idleness.problems]
+    return judge_clients(fleet) + idle + judge_rest(fleet)
 
 
 def judge_clients(fleet: "Fleet") -> list[str]:

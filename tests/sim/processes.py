@@ -24,6 +24,7 @@ from router.metrics import RouterMetrics
 from router.scheduling.limits import Limits
 from tests.sim.bus import SimBus, SimHub
 from tests.sim.engine import SimEngine
+from tests.sim.idleness import IdleWatch
 from tests.sim.loop import Process, SimLoop
 from tests.sim.transfer import Fabric, SimTransfer
 from worker.config import WorkerConfig
@@ -189,6 +190,7 @@ class SimRouter:
             rng=rng,
             clock=loop.time,
         )
+        self.idleness = IdleWatch(self.dispatch.scheduler)
         self.registry = MemoryRegistry(server, "sim", jitter=rng.random)
         self.feed: FleetFeed | None = None
         self.process.spawn(self._live(), "main")

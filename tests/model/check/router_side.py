@@ -173,9 +173,11 @@ class Front(Dispatch):
         )
 
     def forgive(self) -> None:
-        """Who is parked was failed by all, and may go to anybody then."""
-        for choice in self.scheduler._t.admission.parked:
-            self.failed.pop(choice, None)
+        """Who is parked was failed by all, and may go to anybody then; or stands aside."""
+        t = self.scheduler._t
+        for choice in t.admission.parked:
+            if not t.choices[choice].tries.excluded:
+                self.failed.pop(choice, None)
 
 
 class RouterProcess:
