@@ -13,7 +13,6 @@ from unittest import mock
 from router.attempts import Attempt
 from router.dispatch import Dispatch
 from router.inbox import Inbox
-from router.scheduling import starting
 from router.scheduling.attempt_events import AttemptEvents
 from router.scheduling.attempts import Tries
 from router.scheduling.commands import ReleaseHandle
@@ -129,7 +128,6 @@ MUTANTS: Final[dict[str, Mutant]] = {
     "the dead keep their work": lambda: mock.patch.object(FleetEvents, "_evacuate", _nothing),
     "hung engine believed": lambda: mock.patch.object(FleetEvents, "_move_streams", _nothing),
     "suspected for ever": lambda: mock.patch.object(FleetEvents, "on_suspect_due", _nothing),
-    "never back to who failed it": lambda: mock.patch.object(starting, "LOOKS", 1 << 30),
 }
 
 
