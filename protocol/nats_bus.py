@@ -1,9 +1,10 @@
-"""The bus port on a NATS server. The only file that knows nats-py.
+"""The bus port on a NATS server. Only this file and its socket, `nats_wire`, know nats-py.
 
 What nats-py leaves to us, and where it is done:
-- Its connection closes for good on some server errors (revoked credentials): `_keep_open` makes a
-  new one, for ever.
-- A frozen server blocks its socket, and then its own reconnect: `_Wire` leaves sockets at once.
+- Its connection closes for good on some server errors (revoked credentials), and its reconnecting
+  dies, without a word, of an exception that it did not foresee: `_keep_open` makes a new one, for
+  ever.
+- A frozen server blocks its socket, and then its own reconnect: `Wire` leaves sockets at once.
 - A `flush` that times out kills the connection when the answer comes late: we wait for a message
   to our own inbox instead.
 - Its `unsubscribe` forgets what the server still sends us, its `drain` flushes: we go by steps.
@@ -14,7 +15,6 @@ What nats-py leaves to us, and where it is done:
 
 import asyncio
 import logging
-import ssl
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from itertools import count
@@ -25,7 +25,6 @@ from nats import errors
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription as NativeSubscription
-from nats.aio.transport import TcpTransport
 
 from protocol.bus import BusEvent, Callback, Message
 from protocol.delivery import Grumbler, Inlet, Notices, Requests
@@ -33,10 +32,14 @@ from protocol.errors import BusError, BusOverflow, BusTimeout, ConfigError, Loca
 from protocol.fragments import header_bytes, split
 from protocol.nats_config import NatsConfig as NatsConfig
 from protocol.nats_config import connect_options, place
+from protocol.nats_wire import Wire
 
 _log: Final = logging.getLogger("baton.bus")
 _PROTOCOL_LINE: Final = 64
 """What a PUB line takes beside subject and reply, generously."""
+_STILL_AFTER: Final = 10
+"""Connecting stands still if it tries no address for so many times the connect timeout. One
+attempt takes up to five: TCP, TLS, and three lines."""
 
 
 @dataclass(slots=True, eq=False)
@@ -85,10 +88,11 @@ class NatsBus:
         self._requests = Requests(f"{config.inbox_prefix}.{token_hex(8)}")
         self._subscriptions: set[_Subscription] = set()
         self._client: Client | None = None
-        self._wire: _Wire | None = None
+        self._wire: Wire | None = None
         self._keeper: asyncio.Task[None] | None = None
         self._up = False
         self._closed = False
+        self._still_s = _STILL_AFTER * config.connect_timeout_s + config.reconnect_wait_s
         self._grumbler = Grumbler()
         self._part_ids = (f"{token_hex(6)}.{number}" for number in count())
 
@@ -108,7 +112,8 @@ class NatsBus:
         if self._keeper is not None or self._closed:
             raise LocalError("a bus is started once")
         await self.subscribe(self._requests.subject, self._requests.on_reply)
-        await self._open()
+        while not await self._try_open():  # noqa: ASYNC110  a try is no event
+            await asyncio.sleep(self._config.reconnect_wait_s)
         self._keeper = asyncio.create_task(self._keep_open(), name="bus-keeper")
 
     def publish(
@@ -195,7 +200,7 @@ class NatsBus:
         client = Client()
         try:
             options = connect_options(self._config)
-            self._wire = client._transport = _Wire(tls_only="tls" in options)
+            self._wire = client._transport = Wire(tls_only="tls" in options)
             connecting = asyncio.ensure_future(
                 client.connect(
                     error_cb=self._on_error,
@@ -205,7 +210,10 @@ class NatsBus:
                 )
             )
             try:
-                await asyncio.wait([connecting])
+                while not (await asyncio.wait([connecting], timeout=self._still_s))[0]:
+                    if self._wire.still_s() > self._still_s:
+                        await _stop(connecting)
+                        raise RuntimeError("connecting stands still")
             except asyncio.CancelledError:
                 self._client = client  # it may have connected all the same: `close` leaves it
                 try:
@@ -221,31 +229,71 @@ class NatsBus:
             await self._bind(subscription, client)
         await self._on_up()
 
+    async def _try_open(self) -> bool:
+        """`_open`. False if it failed of what neither nats-py nor we foresaw."""
+        try:
+            await self._open()
+        except (ConfigError, LocalError):
+            raise
+        except Exception as error:
+            if self._wire is None or not self._wire.is_tried:
+                raise ConfigError(f"bus: {error!r}") from error  # before any server was asked
+            self._complain(f"unforeseen, trying again: {error!r}")
+            await self._leave()
+            return False
+        return True
+
     async def _leave(self) -> None:
         """Drop the connection, whatever state it is in."""
         client, self._client = self._client, None
         if self._wire is not None:
             self._wire.abandon()
-        if client is not None:
-            try:
-                async with asyncio.timeout(self._config.close_timeout_s):
-                    await client.close()
-            except (TimeoutError, OSError, errors.Error) as error:
-                _log.warning("bus: while closing: %r", error)
-            for _ in range(3):  # What nats-py has cancelled needs turns of the loop to end.
-                await asyncio.sleep(0)
+        if client is None:
+            return
+        reconnecting = _reconnecting(client)
+        if reconnecting is not None:
+            # On its own: it has to end even if we are cancelled here, or will wait no longer.
+            stopping = asyncio.create_task(_stop(reconnecting), name="bus-leave")
+            await asyncio.wait([stopping], timeout=self._config.close_timeout_s)
+        try:
+            async with asyncio.timeout(self._config.close_timeout_s):
+                await client.close()
+        except Exception as error:  # noqa: BLE001  it is of no use any more, whatever it says
+            _log.warning("bus: while closing: %r", error)
+        for _ in range(3):  # What nats-py has cancelled needs turns of the loop to end.
+            await asyncio.sleep(0)
 
     async def _keep_open(self) -> None:
-        """nats-py reconnects by itself, but gives up on some errors. We do not."""
+        """nats-py reconnects by itself, but gives up on some errors and dies of others. Not we."""
+        now = asyncio.get_running_loop().time
+        alive_at = now()
         while True:
             await asyncio.sleep(self._config.ping_interval_s)
-            if self._client is not None and not self._client.is_closed:
-                continue
-            await self._on_down()
-            try:
-                await self._open()
-            except ConfigError as error:
-                await self._on_error(error)
+            if self.connected:
+                alive_at = now()
+            elif self._is_given_up(down_s=now() - alive_at):
+                await self._on_down()
+                try:
+                    await self._try_open()
+                except (ConfigError, LocalError) as error:
+                    await self._on_error(error)
+                    await self._leave()  # nor is half a connection one
+                alive_at = now()
+
+    def _is_given_up(self, *, down_s: float) -> bool:
+        """Whether nobody will connect our client again."""
+        client = self._client
+        if client is None or client.is_closed or self._wire is None:
+            return True
+        reconnecting = _reconnecting(client)
+        if reconnecting is not None and reconnecting.done():
+            died_of = None if reconnecting.cancelled() else reconnecting.exception()
+            self._complain(f"reconnecting has died: {died_of!r}")
+            return True
+        if min(down_s, self._wire.still_s()) > self._still_s:
+            self._complain("reconnecting stands still")
+            return True
+        return False
 
     async def _bind(self, subscription: _Subscription, client: Client) -> None:
         if subscription.client is client:
@@ -291,59 +339,17 @@ class NatsBus:
         text = str(error) or type(error).__name__
         if "authorization violation" in text.lower():
             text = "the server refuses our credentials"
+        self._complain(text)
+
+    def _complain(self, text: str) -> None:
         where = ", ".join(map(place, self._config.urls))
         self._grumbler.complain(f"bus at {where}: {text}", asyncio.get_running_loop().time())
 
 
-class _Wire(TcpTransport):
-    """nats-py's socket, made safe to leave and unable to speak plain text where TLS is asked for.
-
-    Leaving never waits: what a frozen server has not taken is thrown away. nats-py leaves a socket
-    only after a flush or when it is of no use any more, so nothing is lost that could be saved.
-    """
-
-    def __init__(self, *, tls_only: bool) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._tls_only = tls_only
-        self._secure = False
-        self._abandoned = False
-
-    async def connect(self, uri: Any, buffer_size: int, connect_timeout: int) -> None:
-        self.close()
-        self._secure = False
-        await super().connect(uri, buffer_size, connect_timeout)
-
-    async def connect_tls(
-        self, uri: Any, ssl_context: ssl.SSLContext, buffer_size: int, connect_timeout: int
-    ) -> None:
-        await super().connect_tls(uri, ssl_context, buffer_size, connect_timeout)
-        self._secure = True
-
-    def write(self, payload: bytes) -> None:
-        if self._tls_only and not self._secure:
-            raise ConnectionError("the server offers no TLS")
-        if not self._abandoned:
-            super().write(payload)  # type: ignore[no-untyped-call]
-
-    def writelines(self, payload: list[bytes]) -> None:
-        if not self._abandoned:
-            super().writelines(payload)  # type: ignore[no-untyped-call]
-
-    async def drain(self) -> None:
-        if not self._abandoned:
-            await super().drain()  # type: ignore[no-untyped-call]
-
-    def close(self) -> None:
-        if self._io_writer is not None:
-            self._io_writer.transport.abort()
-
-    def abandon(self) -> None:
-        """From here on everything written is thrown away and nothing waits."""
-        self._abandoned = True
-        self.close()
-
-    def __bool__(self) -> bool:
-        return True
+def _reconnecting(client: Client) -> asyncio.Task[None] | None:
+    """nats-py's private task, running or ended. None: never needed, or not to be found."""
+    task: asyncio.Task[None] | None = getattr(client, "_reconnection_task", None)
+    return task
 
 
 async def _stop(task: asyncio.Future[None]) -> None:

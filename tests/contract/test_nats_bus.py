@@ -4,11 +4,17 @@ import asyncio
 import datetime
 import ipaddress
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator
+import socket
+import ssl
+import struct
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
+import uvloop
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -17,6 +23,7 @@ from nats.aio.transport import TcpTransport
 
 from protocol.errors import BusError, BusOverflow, ConfigError, LocalError
 from protocol.nats_bus import NatsBus, NatsConfig
+from protocol.nats_wire import Wire
 from tests.contract.bus_worlds import PATIENCE_S, Listener
 from tests.contract.nats_server import NatsServer
 
@@ -24,6 +31,69 @@ ALICE = 'authorization { users = [{user: "alice", password: "secret"}] }'
 NOBODY = 'authorization { users = [{user: "bob", password: "other"}] }'
 
 Serve = Callable[[str], NatsServer]
+
+
+class Resetter:
+    """A way to a NATS server on which connections are reset: the next `resets` of them after INFO,
+    each a turn of the loop later than the one before it, and all on `cut`."""
+
+    def __init__(self, server: NatsServer) -> None:
+        self._server = server
+        self._writers: list[asyncio.StreamWriter] = []
+        self.resets = 0
+        self.num_reset = 0
+
+    @asynccontextmanager
+    async def listening(self) -> AsyncIterator[str]:
+        way = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        try:
+            yield f"nats://127.0.0.1:{way.sockets[0].getsockname()[1]}"
+        finally:
+            way.close()
+            self.cut()
+
+    def cut(self) -> None:
+        for writer in self._writers:
+            _reset(writer)
+        self._writers.clear()
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._server.port)
+        self._writers += (writer, far_writer)
+        writer.write(await far_reader.readline())
+        if self.resets:
+            for _ in range(self.num_reset % 8):
+                await asyncio.sleep(0)
+            self.resets -= 1
+            self.num_reset += 1
+            _reset(writer)
+            _reset(far_writer)
+            return
+        async with asyncio.TaskGroup() as pumps:
+            pumps.create_task(_pump(reader, far_writer))
+            pumps.create_task(_pump(far_reader, writer))
+
+
+async def _pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+    try:
+        while data := await source.read(65536):
+            sink.write(data)
+    except (OSError, RuntimeError):
+        pass  # Cut; what RuntimeError means is what these tests are about.
+    sink.transport.abort()
+
+
+def _reset(writer: asyncio.StreamWriter) -> None:
+    if not writer.is_closing():
+        now = struct.pack("ii", 1, 0)  # lingers for no time: RST instead of FIN
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, now)
+        writer.transport.abort()
+
+
+def as_in_production(main: Coroutine[Any, Any, None]) -> None:
+    """On uvloop. asyncio's transports do not raise where its do."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(main)
 
 
 @pytest.fixture
@@ -169,6 +239,97 @@ async def test_nothing_waits_for_pongs_that_come_late(serve: Serve) -> None:
         assert heard.kinds == ["up"]
 
 
+def test_whatever_is_written_to_a_reset_wire_is_an_os_error() -> None:
+    """Of the kinds that nats-py looks for: its pings ask for RuntimeError, all else for OSError."""
+
+    async def main() -> None:
+        way = await asyncio.start_server(lambda _, writer: _reset(writer), "127.0.0.1", 0)
+        wire = Wire(tls_only=False)
+        await wire.connect(urlsplit(f"//127.0.0.1:{way.sockets[0].getsockname()[1]}"), 1024, 5)
+        with pytest.raises(OSError):
+            await wire.readline()
+        for use in (wire.write, lambda data: wire.writelines([data])):
+            with pytest.raises(ConnectionResetError) as caught:
+                use(b"PING")
+            assert isinstance(caught.value, RuntimeError)
+        with pytest.raises(ConnectionResetError):
+            await wire.connect_tls("localhost", ssl.create_default_context(), 1024, 5)
+        wire.abandon()
+        wire.write(b"PING")
+        way.close()
+        await way.wait_closed()
+
+    as_in_production(main())
+
+
+async def test_a_start_goes_on_after_what_nobody_foresaw(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    drain = TcpTransport.drain
+    surprises = ["hangs", "dies", "dies"]
+
+    async def surprise(self: TcpTransport) -> None:
+        match surprises.pop() if surprises else "":
+            case "dies":
+                raise RuntimeError("out of the blue")
+            case "hangs":
+                await asyncio.Event().wait()
+        await drain(self)
+
+    monkeypatch.setattr(TcpTransport, "drain", surprise)
+    config = NatsConfig(urls=(serve("").url,), connect_timeout_s=0.1, reconnect_wait_s=0.01)
+    async with running(config) as (_, heard):
+        assert heard.kinds == ["up"]
+    assert "out of the blue" in caplog.text
+    assert "stands still" in caplog.text
+
+
+@pytest.mark.parametrize("how", ["dies", "dies again and again", "is cancelled", "hangs"])
+async def test_a_connection_that_reconnects_no_more_is_replaced(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, how: str
+) -> None:
+    """The task in which nats-py reconnects ends, or stands still; nats-py does not look."""
+    server = serve("")
+    config = NatsConfig(
+        urls=(server.url,), ping_interval_s=0.1, connect_timeout_s=0.1, reconnect_wait_s=0.01
+    )
+    drain = TcpTransport.drain
+    troubles = 0
+    troubled: list[asyncio.Task[Any]] = []
+
+    async def trouble(self: TcpTransport) -> None:
+        nonlocal troubles
+        if not troubles:
+            return await drain(self)
+        troubles -= 1
+        task = asyncio.current_task()
+        assert task is not None
+        troubled.append(task)
+        if how == "is cancelled":
+            raise asyncio.CancelledError
+        if how != "hangs":
+            raise RuntimeError("out of the blue")
+        while task.cancelling() < 2:  # The first cancel is lost, as nats-py loses some.
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                pass
+        raise asyncio.CancelledError
+
+    monkeypatch.setattr(TcpTransport, "drain", trouble)
+    async with running(config) as (bus, heard):
+        server.kill()
+        await heard.until(lambda: "down" in heard.kinds)
+        troubles = 4 if how == "dies again and again" else 1
+        server.start()
+        await heard.until(lambda: heard.kinds == ["up", "down", "up"])
+        bus.publish("s", b"again")
+        await bus.flush(timeout_s=5)
+        assert (heard.payloads, troubles, bus.lost) == ([b"hello", b"again"], 0, 0)
+        assert all(task.done() for task in troubled)
+    assert ("stands still" if how == "hangs" else "reconnecting has died") in caplog.text
+
+
 def certify(folder: Path) -> tuple[Path, Path]:
     """A self-signed certificate for 127.0.0.1 and its key."""
     key = ec.generate_private_key(ec.SECP256R1())
@@ -197,6 +358,39 @@ def certify(folder: Path) -> tuple[Path, Path]:
         )
     )
     return cert_file, key_file
+
+
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
+def test_resets_right_after_the_greeting(
+    serve: Serve, tmp_path: Path, caplog: pytest.LogCaptureFixture, tls: bool
+) -> None:
+    """uvloop raises RuntimeError on a write to what was reset, and nats-py never came back. Where
+    TLS was to begin, it waited for ever for the connection to be closed."""
+    cert, key = map(str, certify(tmp_path))
+    server = serve(f'tls {{ cert_file: "{cert}", key_file: "{key}" }}' if tls else "")
+
+    async def main() -> None:
+        way = Resetter(server)
+        way.resets = 40
+        async with way.listening() as url:
+            config = NatsConfig(
+                urls=(url.replace("nats", "tls") if tls else url,),
+                tls_ca=cert if tls else "",
+                ping_interval_s=60.0,  # Too late to help: nats-py itself has to come through.
+                connect_timeout_s=0.3,
+                reconnect_wait_s=0.01,
+            )
+            async with running(config) as (bus, heard):
+                way.resets = 40
+                way.cut()
+                await heard.until(lambda: heard.kinds == ["up", "down", "up"])
+                bus.publish("s", b"again")
+                assert await heard.have(2) == [b"hello", b"again"]
+                assert (way.num_reset, bus.lost) == (80, 0)
+
+    as_in_production(main())
+    assert tls or "the connection was reset" in caplog.text
+    assert "unforeseen" not in caplog.text
 
 
 @pytest.mark.parametrize("first", [False, True])
