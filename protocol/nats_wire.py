@@ -52,7 +52,7 @@ class Wire(TcpTransport):
         self, uri: Any, ssl_context: ssl.SSLContext, buffer_size: int, connect_timeout: int
     ) -> None:
         if self._io_writer is not None and self._io_writer.is_closing():
-            raise _Gone  # and leave it at that: uvloop's loops, asked for TLS now, never close
+            raise _Gone  # uvloop says nothing here, and waits until the time is up
         try:
             await super().connect_tls(uri, ssl_context, buffer_size, connect_timeout)
         except RuntimeError as error:
