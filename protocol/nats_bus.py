@@ -250,11 +250,16 @@ class NatsBus:
             self._wire.abandon()
         if client is None:
             return
-        reconnecting = _reconnecting(client)
-        if reconnecting is not None:
-            # On its own: it has to end even if we are cancelled here, or will wait no longer.
-            stopping = asyncio.create_task(_stop(reconnecting), name="bus-leave")
-            await asyncio.wait([stopping], timeout=self._config.close_timeout_s)
+        try:
+            reconnecting = _reconnecting(client)
+            if reconnecting is not None:
+                # On its own: it has to end even if we are cancelled here, or will wait no longer.
+                stopping = asyncio.create_task(_stop(reconnecting), name="bus-leave")
+                await asyncio.wait([stopping], timeout=self._config.close_timeout_s)
+        finally:
+            await self._close(client)
+
+    async def _close(self, client: Client) -> None:
         try:
             async with asyncio.timeout(self._config.close_timeout_s):
                 await client.close()

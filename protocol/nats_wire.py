@@ -43,6 +43,8 @@ class Wire(TcpTransport):
         return asyncio.get_running_loop().time() - self._tried_at
 
     async def connect(self, uri: Any, buffer_size: int, connect_timeout: int) -> None:
+        if self._abandoned:
+            raise ConnectionError("this connection was left")
         self._tried_at = asyncio.get_running_loop().time()
         self.close()
         self._secure = False

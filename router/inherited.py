@@ -26,11 +26,14 @@ def ready(drain_timeout_ms: int) -> bytes:
     return _READY + b"%d\n" % drain_timeout_ms
 
 
+def is_ready(said: bytes) -> bool:
+    return _READY in said
+
+
 def drain_timeout_of(said: bytes) -> int | None:
-    """Milliseconds; None unless `said` says that the router is ready, all of it."""
-    start, end = said.find(_READY), said.find(b"\n")
-    number = said[start + 1 : end]
-    return int(number) if 0 <= start < end and number.isdigit() else None
+    """Milliseconds; None if it did not say, as routers of 0.1 do not."""
+    number, end, _ = said.partition(_READY)[2].partition(b"\n")
+    return int(number) if end and number.isdigit() else None
 
 
 class Inherited:

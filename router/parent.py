@@ -25,7 +25,7 @@ from typing import Final
 from protocol.errors import ConfigError
 from router import crew
 from router.config import RouterConfig
-from router.inherited import FAMILY_DIR, RELIEVED, drain_timeout_of
+from router.inherited import FAMILY_DIR, RELIEVED, drain_timeout_of, is_ready
 
 _log = logging.getLogger("baton.parent")
 
@@ -42,7 +42,6 @@ _LEVELS: Final = {"info": logging.INFO, "warning": logging.WARNING, "error": log
 class _Child:
     process: asyncio.subprocess.Process
     line: socket.socket
-    said: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,14 +194,9 @@ class _Parent:
             data = b""
         if not data:
             self._loop.remove_reader(line)
-        child = self._children.get(number)
-        if child is None:
-            return
-        child.said += data
-        drain_timeout_ms = drain_timeout_of(child.said)
-        if drain_timeout_ms is not None:
-            child.said = b""
-            leave_s = _leave_s(drain_timeout_ms)
+        if is_ready(data):
+            drain_timeout_ms = drain_timeout_of(data)
+            leave_s = None if drain_timeout_ms is None else _leave_s(drain_timeout_ms)
             self._events.put_nowait(_Event(partial(self._crew.ready, number, leave_s=leave_s)))
 
     async def _until_ended(self, number: int, child: _Child) -> None:

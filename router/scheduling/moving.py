@@ -10,6 +10,7 @@ from typing import Final
 
 from protocol.errors import Outcome
 from router.scheduling.alone import Suspects
+from router.scheduling.attempts import LOOKS
 from router.scheduling.commands import EndChoice, EndLeg, Note
 from router.scheduling.deadlines import Timer
 from router.scheduling.lifecycle import LEG_OF, Attempt, Choice
@@ -118,15 +119,23 @@ class Mover:
 
     def lose_source(self, choice: Choice, cause: str) -> None:
         """The lender died while the handle waited for a decode worker."""
-        t = self._t
+        assert choice.lent is not None
+        lender = choice.lent.reservation.worker
         leg = LEG_OF[choice.state]
-        lent = choice.lent
-        worker = lent.reservation.worker.id if lent is not None else ""
-        died = lent is not None and not lent.reservation.worker.live
         if self._may_go_on(choice, cause, leg, free=False):
-            if died:
-                t.budget.excused(t.now)
-            self.requeue(choice, cause, worker=worker, leg=leg)
+            if not lender.live:
+                self._t.budget.excused(self._t.now)
+            resumable = lender.info.traits.resume != "none"
+            self.requeue(choice, cause, worker=lender.id, leg=leg, resumable=resumable)
+
+    def give_back(self, choice: Choice, cause: str) -> None:
+        """Nobody can pull its handle, for no fault of anybody's: it is prefilled again."""
+        assert choice.lent is not None
+        leg = LEG_OF[choice.state]
+        if self._may_go_on(choice, cause, leg, free=True):
+            self._t.budget.excused(self._t.now)
+            resumable = choice.lent.reservation.worker.info.traits.resume != "none"
+            self.requeue(choice, cause, worker="", leg=leg, resumable=resumable)
 
     def _may_go_on(self, choice: Choice, cause: str, leg: EndLeg, *, free: bool) -> bool:
         """Charge the choice; it ends here if that was the last time."""
@@ -192,14 +201,17 @@ class Mover:
         t.out.append(Note("resume" if resumes else "retry", cause, worker, choice.id))
 
     def park(self, choice: Choice) -> None:
-        """Every worker has failed it: all may try again, after a pause that grows."""
-        choice.tries.forgive()
+        """Every worker has failed it: all may try again, after a pause that grows. Whom the wire
+        has failed does without it then."""
+        tries = choice.tries
+        tries.forgive()
+        tries.local = tries.local or tries.lost_pulls >= _MAX_PULL_FAILURES
         self._pause(choice, _PAUSE_S * 2**choice.tries.charged)
 
     def step_aside(self, choice: Choice) -> None:
         """Those that have room have failed it, or all are too small: the others must not wait for
         it. It looks again after a pause that grows."""
-        self._pause(choice, _LOOK_S * 2**choice.tries.looks)
+        self._pause(choice, _LOOK_S * 2 ** min(choice.tries.looks, LOOKS))
         choice.tries.looks += 1
 
     def _pause(self, choice: Choice, pause_s: float) -> None:
@@ -212,15 +224,12 @@ class Mover:
         t.deadlines.arm(choice.backoff, t.now + min(_MAX_PAUSE_S, pause_s) * (0.5 + t.rng.random()))
 
     def unpark(self, choice: Choice) -> None:
-        """The pause is over. Whom the wire has failed everywhere does without it."""
+        """The pause is over."""
         t = self._t
-        tries = choice.tries
         del t.admission.parked[choice.id]
-        tries.local = tries.local or tries.lost_pulls >= _MAX_PULL_FAILURES
         t.dirty.add(choice.spec.model)
-        if choice.state == "decode_wait" and tries.local:
-            t.budget.excused(t.now)
-            self.requeue(choice, "transfer_failed", worker="", leg=LEG_OF[choice.state])
+        if choice.state == "decode_wait" and choice.tries.local:
+            self.give_back(choice, "transfer_failed")
         elif choice.state == "decode_wait":
             t.wait(choice)
         else:

@@ -80,6 +80,14 @@ def candidates(
     return found
 
 
+def others(pool: Pool, found: Mapping[Worker, None]) -> dict[Worker, None]:
+    """Everybody, for when none of those found fits though not all are full: the rest may be larger.
+    Rare, so it may cost a look at all."""
+    if pool.is_full or len(found) >= len(pool.order):
+        return {}
+    return {seat.worker: None for seat in pool.order}
+
+
 def uncached_tokens(worker: Worker, want: Want) -> int:
     """At least one token is always computed."""
     cached = depth_of(want.match, worker.slot) * want.block_size if want.match else 0
@@ -119,14 +127,29 @@ def fits_decode(worker: Worker, want: Want) -> bool:
 
 
 def could_take(pool: Pool, tokens: int, excluded: Set[str]) -> bool:
-    """Whether anybody here is large enough, however busy, and not excluded. A sequence that decodes
-    needs room for a token more."""
-    more = 1 if pool.role == "decode" else 0
-    return any(
-        tokens + more <= seat.worker.info.capacity.max_context
+    """Whether anybody here is large enough, however busy, and not excluded."""
+    if tokens > largest(pool):
+        return False
+    return not excluded or any(
+        tokens <= seat.worker.info.capacity.max_context - _more(pool)
         and seat.worker.incarnation not in excluded
         for seat in pool.order
     )
+
+
+def largest(pool: Pool) -> int:
+    """Tokens that somebody here can take; 0 if nobody is."""
+    return max(0, max(pool.contexts, default=0) - _more(pool))
+
+
+def smallest(pool: Pool) -> int:
+    """Tokens that everybody here can take; 0 if nobody is."""
+    return max(0, min(pool.contexts, default=0) - _more(pool))
+
+
+def _more(pool: Pool) -> int:
+    """A sequence that decodes needs room for a token more."""
+    return 1 if pool.role == "decode" else 0
 
 
 def prefill_cost(worker: Worker, want: Want, uncached: int) -> float:

@@ -6,6 +6,7 @@ the freest are found without a look at the others; it also adds up places and bl
 prefill is admitted against. Nothing here costs O(workers) per request.
 """
 
+from collections import Counter
 from collections.abc import Set
 from itertools import islice
 from typing import TYPE_CHECKING, Final, Literal
@@ -29,7 +30,9 @@ PREFILL_QUEUE: Final = 2
 class Seat:
     """One worker's place in one pool."""
 
-    __slots__ = ("_blocks", "_running", "_sizes", "bucket", "pool", "position", "worker")
+    __slots__ = (
+        "_blocks", "_context", "_running", "_sizes", "bucket", "pool", "position", "worker",
+    )  # fmt: skip
 
     def __init__(self, pool: "Pool", worker: "Worker") -> None:
         self.pool = pool
@@ -41,6 +44,8 @@ class Seat:
         self._sizes = (capacity.max_running, capacity.num_blocks)
         pool.max_running += capacity.max_running
         pool.num_blocks += capacity.num_blocks
+        self._context = capacity.max_context
+        pool.contexts[self._context] = pool.contexts.get(self._context, 0) + 1
         self._running = worker.running
         self._blocks = worker.blocks + worker.foreign_blocks
         pool.running += self._running
@@ -72,6 +77,9 @@ class Seat:
         del pool.members[self.worker.id]
         pool.max_running -= self._sizes[0]
         pool.num_blocks -= self._sizes[1]
+        pool.contexts[self._context] -= 1
+        if not pool.contexts[self._context]:
+            del pool.contexts[self._context]
         pool.running -= self._running
         pool.blocks -= self._blocks
         pool.exit(self)
@@ -81,8 +89,8 @@ class Pool:
     """The eligible workers of one group and role."""
 
     __slots__ = (
-        "blocks", "buckets", "max_running", "members", "num_blocks", "occupied", "order", "role",
-        "running",
+        "blocks", "buckets", "contexts", "max_running", "members", "num_blocks", "occupied",
+        "order", "role", "running",
     )  # fmt: skip
 
     def __init__(self, role: PoolRole) -> None:
@@ -94,6 +102,8 @@ class Pool:
         self.buckets: list[dict[Seat, None]] = [{} for _ in range(FULL + 1)]
         self.occupied = 0
         """Bit n: bucket n is not empty."""
+        self.contexts: dict[int, int] = {}
+        """How many take sequences of at most so many tokens."""
         self.max_running = 0
         self.num_blocks = 0
         self.running = 0
@@ -133,6 +143,11 @@ class Pool:
             found += [seat.worker for seat in islice(bucket, count - len(found))]
         return found
 
+    @property
+    def is_full(self) -> bool:
+        """Nobody takes anything now."""
+        return not self.occupied & ((1 << FULL) - 1)
+
     def has(self, worker: "Worker") -> bool:
         """Whether this very process sits here, not its successor of the same name."""
         seat = self.members.get(worker.id)
@@ -156,6 +171,9 @@ class Pool:
             right = seat.position == position and seat in self.buckets[seat.bucket]
             if not right or seat.bucket != self.bucket_of(seat.worker):
                 raise LocalError(f"{seat.worker.id} sits wrongly in the {self.role} pool")
+        contexts = Counter(w.info.capacity.max_context for w in workers)
+        if contexts != self.contexts:
+            raise LocalError(f"the {self.role} pool's contexts do not add up")
         if sum(map(len, self.buckets)) != len(self.order) or len(self.members) != len(self.order):
             raise LocalError(f"the {self.role} pool has strangers")
 

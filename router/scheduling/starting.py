@@ -24,7 +24,10 @@ from router.scheduling.policy import (
     choose_decode,
     choose_prefill,
     could_take,
+    largest,
+    others,
     should_disaggregate,
+    smallest,
 )
 from router.scheduling.pools import Group
 from router.scheduling.prefix_index import Match
@@ -33,6 +36,7 @@ from router.scheduling.tables import Tables
 MAX_STARTS: Final = 32
 _NO_MATCH: Final[Match] = []
 _NOBODY: Final[Set[str]] = frozenset()
+_FIRST_AND_NEXT: Final = 2
 
 Placed = Literal["started", "waits", "parked"]
 
@@ -88,7 +92,7 @@ class Placer:
     def _serve_lonely(self, name: str, model: Model) -> None:
         """Two processes died under each: a worker of its own."""
         for choice, worker in self._suspects.ready(name, model):
-            want = self._want(choice, worker.group, choice.tries.excluded)
+            want = self._want(choice, worker.group, _NOBODY, self._tokens(choice))
             self._leave_queue(choice)
             self._start_local(choice, worker, want.tokens, want.decode_blocks)
             self._suspects.started(worker)
@@ -122,7 +126,7 @@ class Placer:
         if best is not None:
             self._start(choice, *best)
             return "started"
-        if groups and self._is_too_large(choice, groups):
+        if groups and self._lacks_size(choice, groups):
             return self._pause(choice, self._mover.step_aside)
         return "waits"
 
@@ -138,11 +142,12 @@ class Placer:
         return [g for g in groups if g.decode.order and digest in ("", g.digest)]
 
     def _best(
-        self, choice: Choice, groups: list[Group], excluded: Set[str]
+        self, choice: Choice, groups: list[Group], excluded: Set[str], tokens: int = 0
     ) -> tuple[Pick, Pick | None, Group, Want] | None:
+        """`tokens`: as if it had no more than these."""
         best: tuple[Pick, Pick | None, Group, Want] | None = None
         for group in groups:
-            want = self._want(choice, group, excluded)
+            want = self._want(choice, group, excluded, tokens or self._tokens(choice))
             if group.has_place(want.decode_blocks):
                 self._look_up(choice, group, want)
                 found = self._plan(group, want, local=choice.tries.local)
@@ -150,21 +155,28 @@ class Placer:
                     best = (*found, group, want)
         return best
 
-    def _is_too_large(self, choice: Choice, groups: list[Group]) -> bool:
-        """For everybody who is here now; those that are away may be larger."""
+    def _lacks_size(self, choice: Choice, groups: list[Group]) -> bool:
+        """Whether it waits because it is longer than others: everybody who is here is too small
+        for it, or those that are not are busy, and one as long as all can take could start. For
+        the second it does not stand aside for ever: shorter ones would always be faster."""
         tokens = self._tokens(choice)
-        return not any(could_take(group.decode, tokens, _NOBODY) for group in groups)
+        if tokens > max(largest(group.decode) for group in groups):
+            return True
+        pools = [pool for g in groups for pool in (g.decode, g.prefill) if pool.order]
+        short = min(smallest(pool) for pool in pools)
+        if tokens <= short or choice.tries.looks >= LOOKS:
+            return False
+        return self._best(choice, groups, choice.tries.excluded, max(1, short)) is not None
 
     def _tokens(self, choice: Choice) -> int:
         """Prompt and output so far."""
         output = self._t.view.num_output(choice.id) if choice.retrying else 0
         return choice.spec.num_prompt_tokens + output
 
-    def _want(self, choice: Choice, group: Group, excluded: Set[str]) -> Want:
+    def _want(self, choice: Choice, group: Group, excluded: Set[str], tokens: int) -> Want:
         t = self._t
         spec = choice.spec
-        tokens = self._tokens(choice)
-        output = tokens - spec.num_prompt_tokens
+        output = max(0, tokens - spec.num_prompt_tokens)
         expected = max(1, min(spec.max_tokens - output, EXPECTED_OUTPUT))
         size = group.block_size
         return Want(
@@ -191,13 +203,17 @@ class Placer:
         fleet = t.fleet
         slots = fleet.index.num_slots
         found = candidates(group.decode, want, fleet.by_slot, t.rng, slots)
-        here = choose_decode(want, found, local=True)
+        here = choose_decode(want, found, local=True) or choose_decode(
+            want, others(group.decode, found), local=True
+        )
         if here is None:
             return None
         if local or here.uncached <= t.limits.local_prefill_tokens:
             return here, None
+        if want.tokens > here.worker.info.capacity.max_context - _FIRST_AND_NEXT:
+            return here, None  # behind a first token from elsewhere it could not go on
         found = candidates(group.prefill, want, fleet.by_slot, t.rng, slots)
-        there = choose_prefill(want, found)
+        there = choose_prefill(want, found) or choose_prefill(want, others(group.prefill, found))
         if there is None and could_take(group.prefill, want.tokens, want.excluded):
             return None  # prefill workers are busy: their queue is here
         if not should_disaggregate(want, here, there, t.limits.local_prefill_tokens):
@@ -273,9 +289,8 @@ class Placer:
                 self._mover.step_aside(choice)
                 return
         if pick is None:
-            if not could_take(group.decode, want.tokens, _NOBODY):
-                # Whoever could is away: it waits without blocks and without a place.
-                self._mover.requeue(choice, "too_large", worker="", leg="transfer")
+            if want.tokens > largest(group.decode):
+                self._miss(choice)
             return
         self._left -= 1
         t.deadlines.disarm(choice.timer)
@@ -285,7 +300,17 @@ class Placer:
         attempt = t.open(choice, worker, "pull", 0, lent.decode_blocks)
         t.out.append(StartDecode(attempt.id, choice.id, worker.id, worker.incarnation, lent.handle))
 
+    def _miss(self, choice: Choice) -> None:
+        """It holds a handle, and whoever is large enough for it is away, perhaps for a moment. Then
+        it waits without blocks, and without a place that others could have."""
+        if choice.tries.looks < LOOKS:
+            self._mover.step_aside(choice)
+        else:
+            self._mover.give_back(choice, "too_large")
+
     def _pick_puller(self, group: Group, want: Want) -> Pick | None:
         t = self._t
         found = candidates(group.decode, want, t.fleet.by_slot, t.rng, 1)
-        return choose_decode(want, found, local=False)
+        return choose_decode(want, found, local=False) or choose_decode(
+            want, others(group.decode, found), local=False
+        )

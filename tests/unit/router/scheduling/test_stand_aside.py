@@ -2,7 +2,7 @@
 
 from router.scheduling import commands as cmd
 from router.scheduling import events as ev
-from router.scheduling.attempts import LOOKS
+from router.scheduling.attempts import FREE_SHARE, LOOKS
 from router.scheduling.limits import Limits
 from router.scheduling.scheduler import Scheduler
 from tests.unit.router.scheduling.bench import (
@@ -153,14 +153,136 @@ def test_it_ends_with_its_deadline_if_nobody_large_comes() -> None:
 
 def test_a_handle_that_is_too_large_for_all_who_are_here_holds_up_no_other() -> None:
     bench = Bench()
-    size = {"context": 100_000, "blocks": 100_000, "running": 50}
+    size: dict[str, int] = {"context": 100_000, "blocks": 100_000, "running": 50}
     bench.list_workers(info("p", "prefill", **size), info("large", "decode", **size))
     bench.list_workers(info("d1", "decode"))
     for number in range(40):
         assert bench.to_transfer(f"long/{number}", tokens=9000)[1].worker == "large"
-    bench.pass_time(4.0, "large")
-    assert bench.scheduler.num_queued == 40, "they stand aside, without blocks"
+    out = bench.pass_time(2.7, "large")
+    assert bench.scheduler._t.fleet.workers["p"].handles, "it may be back in a moment"
+    out += bench.pass_time(LOOKS * LONGEST_S, "large")
+    assert ("resume", "too_large") not in notes(out)
+    assert notes(out).count(("retry", "too_large")) == 40
+    assert bench.scheduler.num_queued == 40, "they wait without blocks"
     assert bench.to_transfer("short")[1].worker == "d1"
+
+
+def test_a_handle_is_kept_while_the_only_large_worker_is_suspected() -> None:
+    bench = Bench()
+    size: dict[str, int] = {"context": 100_000, "blocks": 100_000, "running": 50}
+    bench.list_workers(info("p", "prefill", **size), info("large", "decode", **size))
+    bench.list_workers(info("d1", "decode"))
+    pulls = [bench.to_transfer(f"long/{n}", tokens=9000)[1] for n in range(4)]
+    for pull in pulls[2:]:
+        bench.feed(ev.Accepted(pull.attempt))
+        bench.heard[pull.attempt] = bench.now + 1000
+    out = bench.pass_time(1.1)
+    assert ("suspected", "accept_timeout") in notes(out)
+    for _ in range(40):
+        out += settled(bench, bench.pass_time(0.1))
+    again = [c for c in out if isinstance(c, cmd.StartDecode)]
+    assert {c.choice for c in again} == {"long/0", "long/1"}
+    assert all(c.worker == "large" and c.handle is not None for c in again)
+    assert not any(isinstance(c, cmd.StartPrefill | cmd.ReleaseHandle) for c in out)
+
+
+def test_a_large_worker_that_comes_and_goes_is_not_prefilled_for_without_end() -> None:
+    bench = Bench()
+    size: dict[str, int] = {"context": 100_000, "blocks": 100_000}
+    bench.list_workers(info("p", "prefill", **size), info("d1", "decode"))
+    started: list[int] = []
+
+    def pass_time(seconds: float) -> list[cmd.Command]:
+        """Prefills are accepted, and take their time."""
+        out: list[cmd.Command] = []
+        for _ in range(int(seconds / 0.25)):
+            out += bench.pass_time(0.25)
+            for start in [c for c in said + out if isinstance(c, cmd.StartPrefill)]:
+                if start.attempt not in started:
+                    started.append(start.attempt)
+                    bench.feed(ev.Accepted(start.attempt))
+        return out
+
+    said: list[cmd.Command] = []
+    for life in range(60):
+        incarnation = f"large-{life}"
+        bench.list_workers(info("large", "decode", incarnation=incarnation, **size))
+        said += bench.feed(submitted("long", tokens=9000)) if life == 0 else []
+        said += pass_time(3.5)
+        bench.feed(ev.WorkerUnlisted("large", incarnation))
+        bench.feed(ev.WorkerLeaving("large", incarnation))
+        del bench.incarnations["large"]
+        for number in set(started) & bench.scheduler._t.attempts.keys():
+            said += bench.feed(ev.Prefilled(number, handle("p", f"h{life}"), ended=False))
+        said += pass_time(8.0)
+        if ends(said):
+            break
+    assert ends(said) == [("failed", "transfer", "attempts_exhausted")]
+    limits = bench.scheduler._t.limits
+    most = (FREE_SHARE + 1) * limits.max_attempts
+    assert notes(said).count(("retry", "too_large")) == most - 1
+    assert len(started) == most
+
+
+def test_one_that_waits_for_ever_to_look_again_does_so_at_a_bounded_pace() -> None:
+    bench = Bench(Limits(queue_timeout_s=100_000.0))
+    bench.list_workers(info("large", context=100_000), info("d1"))
+    bench.pass_time(3.0, "large")
+    bench.feed(submitted("long", tokens=20_000))
+    bench.scheduler._t.choices["long"].tries.looks = 5000
+    bench.pass_time(30.0, "large")
+    assert "short" in starts(settled(bench, bench.feed(submitted("short"))))
+
+
+def test_one_that_waits_for_the_large_worker_lets_others_pass_for_a_while() -> None:
+    """For a while: what is short could otherwise always be faster than what is long."""
+    bench = Bench()
+    bench.list_workers(info("large", "decode", context=100_000, running=1))
+    bench.list_workers(info("d1", "decode", running=20))
+    first = only(bench.feed(submitted("first", tokens=20_000)), cmd.StartDecode)
+    settled(bench, [first])
+    assert starts(bench.feed(submitted("long", tokens=20_000))) == {}
+    assert starts(settled(bench, bench.feed(submitted("short")))) == {"short": "d1"}
+    bench.pass_time(LOOKS * LONGEST_S)
+    assert starts(bench.feed(submitted("late"))) == {}, "now it is the long one's turn"
+    out = bench.feed(ev.Ended(first.attempt))
+    assert starts(out) == {"long": "large", "late": "d1"}
+
+
+def test_the_one_large_worker_is_found_among_many_small_ones() -> None:
+    bench = Bench()
+    bench.list_workers(*(info(f"s{n}") for n in range(40)), info("large", context=100_000))
+    out = bench.feed(submitted("long", tokens=20_000))
+    assert only(out, cmd.StartDecode).worker == "large"
+
+
+def test_a_handle_is_pulled_by_the_one_large_worker_among_many() -> None:
+    bench = Bench()
+    size: dict[str, int] = {"context": 100_000, "blocks": 100_000}
+    bench.list_workers(*(info(f"s{n}", "decode") for n in range(40)), info("p", "prefill", **size))
+    bench.list_workers(info("large", "decode", **size))
+    assert bench.to_transfer("long", tokens=20_000)[1].worker == "large"
+
+
+def test_what_fits_a_decode_worker_only_without_a_first_token_is_prefilled_there() -> None:
+    bench = Bench()
+    bench.list_workers(info("p", "prefill", context=100_000), info("d", "decode", context=4096))
+    assert starts(bench.feed(submitted("whole", tokens=4095))) == {"whole": "d"}
+    assert only(bench.feed(submitted("less", tokens=4094)), cmd.StartPrefill).worker == "p"
+
+
+def test_two_lost_pulls_of_before_do_not_throw_a_good_handle_away() -> None:
+    """Only whom all have failed does without the wire."""
+    bench = Bench()
+    bench.list_workers(info("p", "prefill"))
+    bench.list_workers(info("d1", "decode", running=1), info("d2", "decode", running=1))
+    settled(bench, [bench.to_transfer("f/0")[1]])
+    pull = bench.to_transfer("c/0")[1]
+    bench.scheduler._t.choices["c/0"].tries.lost_pulls = 2
+    bench.feed(failed(pull.attempt, "engine"))
+    out = bench.pass_time(LOOKS * LONGEST_S)
+    again = next(c for c in out if isinstance(c, cmd.StartDecode))
+    assert (again.worker, again.handle) == (pull.worker, pull.handle)
 
 
 def test_those_who_stand_aside_count_as_waiting() -> None:
