@@ -1,7 +1,7 @@
 """What operators and probes ask: health, metrics, the fleet as the router sees it."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final
 
@@ -51,16 +51,18 @@ class Admin:
         self._state = state
         self._is_accepting = is_accepting
 
-    def routes(self) -> list[web.RouteDef]:
-        return [
-            web.get("/health", self._health),
-            web.get("/live", self._live),
-            web.get("/ready", self._ready),
-            web.get("/version", self._version),
-            web.get("/metrics", self._render),
-            web.get("/cluster_info", self._cluster_info),
-            web.get("/debug/requests/{id:.+}", self._story),
-        ]
+    def routes(self, expect: Callable[[web.Request], Awaitable[Any]]) -> list[web.RouteDef]:
+        """`expect` answers `Expect` headers."""
+        handlers = {
+            "/health": self._health,
+            "/live": self._live,
+            "/ready": self._ready,
+            "/version": self._version,
+            "/metrics": self._render,
+            "/cluster_info": self._cluster_info,
+            "/debug/requests/{id:.+}": self._story,
+        }
+        return [web.get(path, handler, expect_handler=expect) for path, handler in handlers.items()]
 
     async def _live(self, _request: web.Request) -> web.Response:
         """The process answers."""

@@ -101,9 +101,9 @@ class HttpApi:
             [
                 web.post("/v1/chat/completions", self._chat, expect_handler=expect),
                 web.post("/v1/completions", self._completions, expect_handler=expect),
-                web.get("/v1/models", self._models),
-                web.get("/v1/models/{model:.+}", self._model),
-                *self._admin.routes(),
+                web.get("/v1/models", self._models, expect_handler=expect),
+                web.get("/v1/models/{model:.+}", self._model, expect_handler=expect),
+                *self._admin.routes(expect),
             ]
         )
         return app

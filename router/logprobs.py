@@ -8,6 +8,7 @@ two digits for each. It knows no stream and no request.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from math import inf
 from typing import Final
 
 import msgspec
@@ -186,4 +187,4 @@ def _json(text: str) -> str:
 
 
 def _number(value: float) -> str:
-    return repr(value) if value > LOWEST else repr(LOWEST)
+    return repr(value) if LOWEST < value < inf else repr(LOWEST)

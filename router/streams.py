@@ -6,7 +6,8 @@ first chunks go through aiohttp's `write`; from then on every chunk is framed he
 is ever compressed.
 
 `transport.write` never pushes back, so the reader's pace is checked at each write: above
-`HIGH_BYTES` chunks are held and joined; a client that takes nothing for `stall_s` is aborted.
+`HIGH_BYTES` chunks are held and joined. A client that takes nothing for `stall_s`, or lets more
+than `MAX_HELD` pile up, is aborted.
 """
 
 import asyncio
@@ -28,6 +29,8 @@ _log = logging.getLogger("baton.router")
 HIGH_BYTES: Final = 64 * 1024
 LOW_BYTES: Final = 16 * 1024
 """At most this much waiting never pauses the transport: aiohttp's writes do not wait then."""
+MAX_HELD: Final = 32 << 20
+"""Bytes that one client may keep us waiting with: some hundred thousand tokens."""
 SWEEP_S: Final = 0.25
 _SIZES: Final = tuple(b"%x\r\n" % size for size in range(1024))
 """Sizes of chunks as HTTP wants them."""
@@ -44,7 +47,7 @@ SSE_HEADERS: Final = {
 class SseWriter:
     """A `ChunkWriter` over one HTTP response.
 
-    `on_stall` is called when the client took nothing for `stall_s` and was aborted.
+    `on_stall` is called when the client was too slow and was aborted.
     """
 
     def __init__(
@@ -59,7 +62,11 @@ class SseWriter:
         self._finished = asyncio.Event()
         self._error: ClientError | None = None
         self._held: list[bytes] = []
+        self._held_bytes = 0
+        self._peer: asyncio.Transport | None = None
+        """The client's connection."""
         self._transport: asyncio.Transport | None = None
+        """The same while chunks may go there directly."""
         self._prepared = False
         self._chunked = False
         self._sweeper: asyncio.TimerHandle | None = None
@@ -105,25 +112,36 @@ class SseWriter:
         """One event; never waits."""
         transport = self._transport
         if transport is None:
-            self._held.append(data)
+            self._hold(data)
             self._ready.set()
         elif transport.is_closing():
             return
         elif self._held:
-            self._held.append(data)
+            self._hold(data)
         elif transport.get_write_buffer_size() > HIGH_BYTES:
-            self._held.append(data)
+            self._hold(data)
             self._start_sweep(transport)
         else:
             transport.write(self._framed(data))
+
+    def _hold(self, data: bytes) -> None:
+        self._held.append(data)
+        self._held_bytes += len(data)
+        if self._held_bytes > MAX_HELD and self._peer is not None:
+            self._abort(self._peer)
+            self._finished.set()
 
     def _framed(self, data: bytes) -> bytes:
         return b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data
 
     def _take(self) -> bytes:
         data = b"".join(self._held)
-        self._held.clear()
+        self._let_go()
         return data
+
+    def _let_go(self) -> None:
+        self._held.clear()
+        self._held_bytes = 0
 
     def _start_sweep(self, transport: asyncio.Transport) -> None:
         self._smallest = _untaken(transport)
@@ -150,15 +168,15 @@ class SseWriter:
     def _abort(self, transport: asyncio.Transport) -> None:
         """The client stopped reading: drop the connection and what it would have got."""
         transport.abort()
-        self._held.clear()
+        self._let_go()
         self._on_stall()
 
     def _close(self) -> None:
         """The handler is over, whichever way."""
         if self._sweeper is not None:
             self._sweeper.cancel()
-        self._transport = None
-        self._held.clear()
+        self._transport = self._peer = None
+        self._let_go()
 
     # --- the handler's side ---
 
@@ -166,6 +184,7 @@ class SseWriter:
         """Send everything until the sink has finished. Raises the ClientError that came before the
         first byte, ConnectionError when the connection broke, CancelledError when the client went.
         """
+        self._peer = request.transport
         try:
             response = await self._until_ready(request, headers)
             if self._error is not None:

@@ -306,9 +306,16 @@ def test_expect_100_continue(fleet: Fleet) -> None:
     received = raw(fleet, f"{head}Content-Length: 99000000\r\n\r\n".encode(), until=b"}}")
     assert received.startswith(b"HTTP/1.1 413")
     assert b'"code":"body_too_large"' in received
-    received = raw(fleet, head.replace("100-continue", "miracles").encode() + b"\r\n")
-    assert received.startswith(b"HTTP/1.1 417")
-    assert b'"param":null' in received
+    odd = head.replace("100-continue", "miracles")
+    for asked in (
+        odd,
+        odd.replace(f"POST {TEXT}", "GET /v1/models"),
+        odd.replace(f"POST {TEXT}", "GET /live"),
+    ):
+        received = raw(fleet, asked.encode() + b"\r\n")
+        assert received.startswith(b"HTTP/1.1 417")
+        assert b'"code":"expectation"' in received
+        assert b"x-request-id:" in received.lower()
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -134,7 +134,7 @@ def test_a_prompt_begins_with_a_token_of_which_nothing_is_known(tokenizer: Token
     assert b'"tokens":["<|bos|>","a","c"]' in data
 
 
-@pytest.mark.parametrize("value", [-math.inf, -1e30, math.nan])
+@pytest.mark.parametrize("value", [-math.inf, -1e30, math.nan, math.inf])
 def test_what_json_cannot_say_is_very_unlikely(tokenizer: Tokenizer, value: float) -> None:
     for tokens in (chat(tokenizer), text(tokenizer)):
         tokens.add([97], [likely(value, (98, value))])

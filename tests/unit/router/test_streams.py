@@ -11,6 +11,7 @@ import pytest
 from aiohttp import web
 
 from protocol.errors import ClientError
+from router import streams
 from router.streams import SseWriter
 
 TOO_LATE = ClientError(502, "broken", code="worker_failed")
@@ -150,6 +151,51 @@ async def test_who_takes_nothing_is_aborted(is_done: bool) -> None:
         assert isinstance(ended, ConnectionError | asyncio.CancelledError)
         world.writer.write(b"late")  # changes nothing, raises nothing
         world.writer.finish()
+
+
+async def test_a_client_keeps_no_more_than_so_much_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "MAX_HELD", 1 << 20)
+    async with streaming(stall_s=60.0) as world:
+        number = 0
+        while not world.serving.stalled.is_set():
+            world.writer.write(chunk(number, 4000))
+            number += 1
+            if number % 50 == 0:
+                await asyncio.sleep(0)
+            assert number < 20_000
+        world.writer.write(b"late")
+        async with asyncio.timeout(4):
+            ended = await world.serving.ended
+        assert isinstance(ended, ConnectionError | asyncio.CancelledError)
+
+
+async def test_so_much_held_before_the_first_byte_ends_it_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(streams, "MAX_HELD", 1 << 20)
+    async with streaming(stall_s=60.0) as world:
+        for number in range(400):
+            world.writer.write(chunk(number, 4000))
+        async with asyncio.timeout(4):
+            await world.serving.stalled.wait()
+            assert await world.serving.ended is not None
+
+
+async def test_what_was_taken_is_held_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that keeps pace may get much more in all."""
+    monkeypatch.setattr(streams, "MAX_HELD", 1 << 20)
+    async with streaming() as world:
+        answer, number = b"", 0
+        for _ in range(8):
+            for _ in range(100):
+                world.writer.write(chunk(number, 4000))
+                number += 1
+            await asyncio.sleep(0)
+            while len(answer) < 4000 * (number - 20):
+                answer += await world.read()
+        world.writer.finish()
+        answer += await world.read_all()
+        assert numbers_of(events_of(answer)) == list(range(number))
 
 
 Ends = Callable[[SseWriter], Any]
