@@ -120,6 +120,10 @@ class WorkerConfig(ProcessSettings, frozen=True, kw_only=True, forbid_unknown_fi
         for field in ("block_size", "max_running", "max_step_tokens", "kv_memory_mb"):
             if getattr(self, field) < 1:
                 raise ConfigError(f"{field} must be at least 1")
+        for field, lowest in (("transfer_port", 0), ("metrics_port", -1)):
+            port = getattr(self, field)
+            if not lowest <= port <= 65_535:
+                raise ConfigError(f"{field} {port} is not a port")
         if self.max_tokens_in_buffer is not None and self.max_tokens_in_buffer < 1:
             raise ConfigError("max_tokens_in_buffer must be at least 1, or none for no bound")
         if self.etcd_ttl_ms < 1_000:

@@ -19,7 +19,7 @@ from discovery.registry import Registration, TwinAlive
 from protocol import nats_config
 from protocol.bus import Bus
 from protocol.codec import decode_pong, encode
-from protocol.errors import BadMessage, BusTimeout, ConfigError, NoResponders
+from protocol.errors import BadMessage, BusError, BusTimeout, ConfigError, NoResponders
 from protocol.jobs import JobEnvelope, Ping
 from protocol.nats_bus import NatsBus
 from protocol.subjects import Subjects
@@ -238,11 +238,17 @@ def _pinger(bus: Bus, subjects: Subjects) -> Callable[[WorkerInfo], Any]:
 
     async def is_alive(info: WorkerInfo) -> bool:
         ask = encode(JobEnvelope("newcomer", [Ping()]))
+        if not bus.connected:
+            raise BusError("the bus is away")
         try:
             subject = subjects.jobs(info.worker_id, info.incarnation)
             reply = await bus.request(subject, ask, timeout_s=PING_TIMEOUT_S)
             return decode_pong(reply.payload).incarnation == info.incarnation
-        except (NoResponders, BusTimeout, BadMessage):
+        except BusTimeout:
+            if not bus.connected:
+                raise
+            return False
+        except (NoResponders, BadMessage):
             return False
 
     return is_alive

@@ -9,8 +9,9 @@ import pytest
 
 from protocol.handoff import ShmOffer
 from tests.contract.transfer_sink import PeerProcess, Sink, until
+from worker.transfer import shm_map
 from worker.transfer.shm import ShmTransfer
-from worker.transfer.shm_map import SourceGone, SourceMaps
+from worker.transfer.shm_map import SourceGone, SourceMap, SourceMaps
 
 
 @pytest.fixture
@@ -41,8 +42,8 @@ def test_memory_of_a_dead_source_is_unmapped_soon(sink: Sink, peer: PeerProcess)
     maps = Path("/proc/self/maps")
     mapped = maps.read_text().count("baton-arena")
     peer.kill()
-    until(lambda: transfer.num_mapped == 0)
-    assert maps.read_text().count("baton-arena") == mapped - 1
+    until(lambda: maps.read_text().count("baton-arena") == mapped - 1)
+    assert transfer.num_mapped == 0
     end = sink.pull(sink.spec(peer.offer, [1]))
     assert (end.ok, end.peer_gone) == (False, True)
 
@@ -83,6 +84,47 @@ def test_least_recently_used_mapping_makes_room(peer: PeerProcess) -> None:
     assert len(maps) == 0
     for other in others:
         other.close()
+
+
+def test_unmapping_keeps_nobody_waiting(peer: PeerProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes long for much memory. Whoever asks for a mapping never does it, nor waits for it."""
+    other = PeerProcess("shm")
+    maps = SourceMaps(max_sources=1)
+    unmap, locked = shm_map._unmap, []
+
+    def look(address: int, nbytes: int) -> None:
+        locked.append(maps._lock.locked())
+        unmap(address, nbytes)
+
+    monkeypatch.setattr(shm_map, "_unmap", look)
+    maps.release(maps.acquire(offer_of(peer)))
+    maps.release(maps.acquire(offer_of(other)))
+    assert (len(maps), locked) == (1, [])
+    maps.sweep(0.0)
+    assert locked == [False] * 2
+    other.close()
+    maps.sweep(0.0)
+    maps.sweep(100.0)
+    assert (len(maps), locked) == (0, [False] * 4)
+    maps.release(maps.acquire(offer_of(peer)))
+    maps.clear()
+    assert (len(maps), locked) == (0, [False] * 6)
+
+
+def test_source_that_cannot_be_mapped_for_an_unforeseen_reason_ends_the_pull(
+    sink: Sink, peer: PeerProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(maps: SourceMaps, offer: ShmOffer) -> SourceMap:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SourceMaps, "acquire", fail)
+        for _ in range(3):  # more than there are threads
+            end = sink.pull(sink.spec(peer.offer, [1]))
+            assert (end.ok, end.peer_gone, end.reason.split(":")[0]) == (False, False, "internal")
+        assert sink.word(sink.spec(peer.offer, [], slot=1)) is None
+    assert sink.transfer.num_live() == 0
+    assert sink.pull(sink.spec(peer.offer, [1])).ok
 
 
 def test_recycled_pid_is_another_process_whatever_it_has_open(

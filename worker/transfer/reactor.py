@@ -45,21 +45,28 @@ class Reactor(LoopThread[Channel, int]):
         self._thread.start()
 
     def add(self, channel: Channel, events: int) -> None:
+        """Raises Broken where the system refuses to watch it: it is closed then."""
         self._channels[channel] = 0
-        self.watch(channel, events)
+        try:
+            self.watch(channel, events)
+        except OSError as error:
+            reason = f"closed: {error.strerror or error}"
+            self.close(channel, reason)
+            raise Broken(reason) from error
 
     def watch(self, channel: Channel, events: int) -> None:
-        """Change what it waits for; 0: nothing. Does nothing for a closed channel."""
+        """Change what it waits for; 0: nothing. Does nothing for a closed channel. Raises OSError
+        where the system refuses."""
         before = self._channels.get(channel)
         if before is None or before == events:
             return
-        self._channels[channel] = events
         if not before:
             self._selector.register(channel.sock, events, channel)
         elif not events:
             self._selector.unregister(channel.sock)
         else:
             self._selector.modify(channel.sock, events, channel)
+        self._channels[channel] = events
 
     def close(self, channel: Channel, reason: str, *, peer_gone: bool = False) -> None:
         """Close its socket and tell it; repeats do nothing."""
@@ -67,11 +74,22 @@ class Reactor(LoopThread[Channel, int]):
         if events is None:
             return
         if events:
-            self._selector.unregister(channel.sock)
-        channel.sock.close()
+            try:
+                self._selector.unregister(channel.sock)
+            except (KeyError, ValueError):
+                pass  # a `modify` that failed has forgotten it
+        self._guard(channel.sock.close)
         self._guard(lambda: channel.closed(reason, peer_gone=peer_gone))
 
     def _run(self) -> None:
+        try:
+            self._serve()
+        except Exception:
+            _logger.exception("%s raised: its transfers end", self._thread.name)
+        finally:
+            self._end()
+
+    def _serve(self) -> None:
         while not self._stopping:
             for key, _ in self._selector.select(self._timeout()):
                 if key.data is None:
@@ -81,6 +99,11 @@ class Reactor(LoopThread[Channel, int]):
             self._run_calls()
             self._run_timers()
             self._sweep()
+
+    def _end(self) -> None:
+        """Every channel is told, whatever happened."""
+        with self._lock:
+            self._stopping = True
         self._run_calls()
         for channel in list(self._channels):
             self.close(channel, "stopped: the worker leaves")

@@ -153,26 +153,24 @@ class ShmTransfer:
         if not isinstance(offer, ShmOffer):
             operation.end(False, "bad_request: not an offer of shm")
             return
+        source = word = None
+        reason, peer_gone = "internal: the copy raised", False
         try:
             source = self._maps.acquire(offer)
-        except SourceGone as error:
-            operation.end(False, f"gone: {error}", peer_gone=True)
-            return
-        except SourceClosed as error:
-            operation.end(False, f"closed: {error}")
-            return
-        reason = "internal: the copy raised"
-        word = None
-        try:
             if operation.scratch_slot is None:
                 reason = self._copy(operation, source)
             else:
                 reason, word = self._read(operation, source, operation.scratch_slot)
+        except SourceGone as error:
+            reason, peer_gone = f"gone: {error}", True
+        except SourceClosed as error:
+            reason = f"closed: {error}"
         except Exception:
             _logger.exception("a copy raised")
         finally:
-            self._maps.release(source)
-        operation.end(not reason, reason, word=word)
+            if source is not None:
+                self._maps.release(source)
+        operation.end(not reason, reason, word=word, peer_gone=peer_gone)
 
     def _copy(self, operation: Operation, source: SourceMap) -> str:
         """Why it ended early; empty when every byte is here."""

@@ -84,6 +84,9 @@ class SourceMaps:
         self._max = max_sources
         self._lock = threading.Lock()
         self._maps: OrderedDict[ShmOffer, SourceMap] = OrderedDict()
+        self._dropped: list[SourceMap] = []
+        """Nobody can get them any more. The next sweep unmaps them, which takes long for much
+        memory: not while others wait for the lock, nor in a thread that asks for a mapping."""
 
     def __len__(self) -> int:
         return len(self._maps)
@@ -114,6 +117,7 @@ class SourceMaps:
                     source.gone_at = now
                 elif now - source.gone_at >= GRACE_S:
                     self._drop(offer)
+        self._unmap_dropped()
 
     def clear(self) -> None:
         """Unmap all that nobody uses."""
@@ -121,6 +125,7 @@ class SourceMaps:
             for offer, source in list(self._maps.items()):
                 if source.num_users == 0:
                     self._drop(offer)
+        self._unmap_dropped()
 
     def _make_room(self) -> None:
         """More than the bound only while as many are in use."""
@@ -131,7 +136,13 @@ class SourceMaps:
                 self._drop(offer)
 
     def _drop(self, offer: ShmOffer) -> None:
-        self._maps.pop(offer).unmap()
+        self._dropped.append(self._maps.pop(offer))
+
+    def _unmap_dropped(self) -> None:
+        with self._lock:
+            dropped, self._dropped = self._dropped, []
+        for source in dropped:
+            source.unmap()
 
 
 def _path(pid: int, fd: int) -> str:

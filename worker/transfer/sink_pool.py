@@ -3,6 +3,7 @@
 Knows that a connection serves one operation at a time and ends it, nothing of what it is made of.
 """
 
+import logging
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Final, Generic, Protocol, TypeVar
@@ -14,6 +15,8 @@ from worker.transfer.operations import LiveCount, Operation, out_of_range, wrong
 from worker.transfer.reactor import Broken
 from worker.transfer.tcp_wire import Status
 
+_logger = logging.getLogger(__name__)
+
 _MAX_IDLE: Final = 64
 
 
@@ -24,7 +27,8 @@ class Connection(Protocol):
     def offer(self) -> Offer: ...
 
     def begin(self, operation: Operation) -> None:
-        """Ask for it. The pool hears `finished`, `retry` or `lost`."""
+        """Ask for it. The pool hears `finished`, `retry` or `lost`. If it raises, it has the
+        operation all the same, and ends it when it is closed."""
 
 
 C = TypeVar("C", bound=Connection)
@@ -90,7 +94,11 @@ class SinkPool(Generic[C]):
         if operation.aborted:
             operation.end(False, "aborted: given up by the caller")
             return
-        wrong = self._wrong(operation)
+        try:
+            wrong = self._wrong(operation)
+        except Exception:
+            _logger.exception("a transfer could not be looked at")
+            wrong = "internal: the check raised"
         if wrong:
             operation.end(False, wrong)
             return
@@ -172,9 +180,17 @@ class SinkPool(Generic[C]):
         except Broken as error:
             operation.end(False, str(error), peer_gone=error.peer_gone)
             return
+        except Exception:
+            _logger.exception("no connection could be made")
+            operation.end(False, "internal: no connection could be made")
+            return
         self._active[operation] = connection
         self._active_of[offer] = self._active_of.get(offer, 0) + 1
-        connection.begin(operation)
+        try:
+            connection.begin(operation)
+        except Exception:
+            _logger.exception("a transfer could not be asked for")
+            self.loop.close(connection, "internal: it could not be asked for")
 
     def _leave(self, operation: Operation, offer: Offer) -> None:
         if self._active.pop(operation, None) is None:

@@ -85,26 +85,36 @@ class UcxLoop(LoopThread[UcxChannel, None]):
     def _first(self, function: Callable[[], None]) -> None:
         try:
             function()
-        except ConfigError as error:
+        except Exception as error:  # noqa: BLE001  whatever it is, `start` says so
+            self._give_up(error)
+        finally:
+            self._opened.set()
+
+    def _give_up(self, error: Exception) -> None:
+        """Before the start is over."""
+        if isinstance(error, ConfigError):
             self._failure = error
+        else:
+            self._failure = ConfigError(f"ucx does not start: {error!r}")
+            self._failure.__cause__ = error
+        with self._lock:
             self._stopping = True
-        self._opened.set()
 
     def _run(self) -> None:
         try:
             self._library = Library(self._device)
-        except ConfigError as error:
-            self._failure = error
-            self._stopping = True
-            self._opened.set()
-            return
-        try:
             self._serve(self._library)
-        except Exception:
-            _logger.exception("the ucx thread raised: its transfers end")
+        except Exception as error:
+            if self._opened.is_set():
+                _logger.exception("the ucx thread raised: its transfers end")
+            else:
+                self._give_up(error)
         finally:
-            self._end(self._library)
-            self._opened.set()
+            self._opened.set()  # who starts it joins the thread where that failed
+            if self._library is not None:
+                self._end(self._library)
+            self._wake_read.close()
+            self._wake_write.close()
 
     def _serve(self, library: Library) -> None:
         worker = library.worker
@@ -137,8 +147,6 @@ class UcxLoop(LoopThread[UcxChannel, None]):
             self._guard(function)
         if not self._closing:  # else the memory must stay: the library is left as it is
             self._library = None
-        self._wake_read.close()
-        self._wake_write.close()
 
     def _progress(self, library: Library) -> bool:
         for turn in range(_TURNS):

@@ -17,16 +17,20 @@ OFFER = TcpOffer("127.0.0.1", 9)
 
 
 class FakeConnection:
-    """`breaks`: at the first thing that is asked for, before `begin` has returned."""
+    """`breaks`: at the first thing that is asked for, before `begin` has returned. `raises`: what
+    nobody foresaw, there."""
 
     def __init__(self, pool: "SinkPool[FakeConnection]", *, breaks: bool) -> None:
         self.offer: Offer = OFFER
         self.operation: Operation | None = None
         self.breaks = breaks
+        self.raises = False
         self.pool = pool
 
     def begin(self, operation: Operation) -> None:
         self.operation = operation
+        if self.raises:
+            raise MemoryError
         if self.breaks:
             self.pool.retry(operation, self.offer)
 
@@ -43,6 +47,7 @@ class World:
     def __init__(self, *, max_per_peer: int) -> None:
         self.is_stopping = False
         self.is_reachable = True
+        self.crash: Exception | None = None
         self.live = LiveCount()
         self.ends: dict[int, list[TransferEnd]] = {}
         self.made: list[FakeConnection] = []
@@ -68,6 +73,8 @@ class World:
         self.pool.lost(operation, channel)
 
     def connect(self, offer: Offer, pool: "SinkPool[FakeConnection]") -> FakeConnection:
+        if self.crash is not None:
+            raise self.crash
         if not self.is_reachable:
             raise Broken("connect: ECONNREFUSED", peer_gone=True)
         self.made.append(FakeConnection(pool, breaks=False))
@@ -143,4 +150,31 @@ def test_abort_ends_what_waits_at_once_and_what_runs_by_its_connection(world: Wo
     world.pool.abort(running)
     world.made[1].finish()
     assert world.reasons() == ["aborted", "", "aborted"]
+    assert world.live.value == 0
+
+
+def test_what_nobody_foresaw_ends_the_operation_and_not_the_pool(world: World) -> None:
+    world.crash = OSError(12, "Cannot allocate memory")
+    world.submit(0)
+    world.crash = None
+    world.submit(1)
+    world.made[0].finish()
+    world.made[0].raises = True
+    world.submit(2)
+    world.submit(3)
+    world.made[1].finish()
+    assert world.reasons() == ["internal", "", "internal", ""]
+    assert world.live.value == 0
+    assert not world.ends[0][0].peer_gone
+
+
+def test_an_offer_that_cannot_be_looked_at_ends_the_operation(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(offer: Offer) -> str:
+        raise ValueError("an offer that nobody foresaw")
+
+    monkeypatch.setattr(world.pool, "_wrong_offer", fail)
+    world.submit(0)
+    assert world.reasons() == ["internal"]
     assert world.live.value == 0

@@ -7,7 +7,7 @@ What a job asks and tells is in `legs`, how vLLM is watched in `watch`, what it 
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from protocol.blocks import seed_of
@@ -248,7 +248,9 @@ class VllmEngine:
             has_handle = isinstance(job, DecodeJob) and job.handle is not None
             code = legs.failure(error, has_handle=has_handle, is_decoding=entry.is_decoding)
             self._fail(entry, code, str(error))
-        except Exception as error:  # noqa: BLE001  one bad leg must not take the others with it
+        except (asyncio.CancelledError, GeneratorExit, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # noqa: BLE001  a panic too; one bad leg takes no other along
             _log.exception("a leg failed choice=%s", job.choice)
             self._fail(entry, "engine", repr(error))
 
@@ -364,17 +366,16 @@ class VllmEngine:
         self._lent.release(handle_ids)
 
     def load(self) -> Load:
+        """From any thread, as `stats`: only reads, plain numbers and copies made without a break.
+        Leases end on the loop."""
         metrics = self._watch.metrics
-        now = self._clock()
-        self._lent.expire(now)
-        num_decoding = sum(entry.is_decoding for entry in self._jobs.values())
+        jobs = list(self._jobs.values())
+        num_decoding = sum(entry.is_decoding for entry in jobs)
         free = int(metrics.num_blocks * (1.0 - metrics.kv_usage))
         return Load(
             running=max(metrics.running, num_decoding),
             # a silent server shall not look idle: its step counter is watched while there is work
-            waiting=max(
-                metrics.waiting, len(self._jobs) - num_decoding, int(self._watch.is_silent)
-            ),
+            waiting=max(metrics.waiting, len(jobs) - num_decoding, int(self._watch.is_silent)),
             num_blocks=metrics.num_blocks,
             free_blocks=free,
             cached_blocks=min(len(self._index), free),
@@ -384,11 +385,8 @@ class VllmEngine:
         )
 
     def stats(self) -> EngineStats:
-        self._stats.leases_ended = {
-            "released": self._lent.num_released,
-            "expired": self._lent.num_expired,
-        }
-        return self._stats
+        ended = {"released": self._lent.num_released, "expired": self._lent.num_expired}
+        return replace(self._stats, leases_ended=ended, transfers=dict(self._stats.transfers))
 
     # --- what is cached ---
 

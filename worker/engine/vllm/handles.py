@@ -87,25 +87,25 @@ class LentHandles:
         self._lease_s = lease_s
         self._block_size = block_size
         self._lent: OrderedDict[str, tuple[float, int]] = OrderedDict()
+        self.num_blocks = 0
+        """Of all that is lent; a plain number, as other threads read it."""
         self.num_released = 0
         self.num_expired = 0
 
     def __len__(self) -> int:
         return len(self._lent)
 
-    @property
-    def num_blocks(self) -> int:
-        return sum(blocks for _, blocks in self._lent.values())
-
     def lend(self, handle: KvHandle, now: float) -> None:
+        self._forget(handle.handle_id)
         blocks = -(-handle.num_tokens // self._block_size)
         self._lent[handle.handle_id] = (now + self._lease_s, blocks)
+        self.num_blocks += blocks
         if len(self._lent) > MAX_LENT:
-            self._lent.popitem(last=False)
+            self._forget(next(iter(self._lent)))
 
     def release(self, handle_ids: Sequence[str]) -> None:
         for handle_id in handle_ids:
-            if self._lent.pop(handle_id, None) is not None:
+            if self._forget(handle_id):
                 self.num_released += 1
 
     def expire(self, now: float) -> None:
@@ -113,5 +113,13 @@ class LentHandles:
             handle_id, (due, _) = next(iter(self._lent.items()))
             if due > now:
                 return
-            del self._lent[handle_id]
+            self._forget(handle_id)
             self.num_expired += 1
+
+    def _forget(self, handle_id: str) -> bool:
+        """True if it was lent."""
+        entry = self._lent.pop(handle_id, None)
+        if entry is None:
+            return False
+        self.num_blocks -= entry[1]
+        return True
