@@ -57,6 +57,10 @@ class Bus(Protocol):
     def lost(self) -> int:
         """Messages this side knows to have lost (slow subscriptions, incomplete joins)."""
 
+    @property
+    def num_malformed(self) -> int:
+        """Messages that were dropped because they are none, whoever sent them."""
+
     async def start(self) -> None:
         """Connect; while the server is away keep trying, saying so in the log. Cancellable."""
 

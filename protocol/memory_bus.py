@@ -187,6 +187,10 @@ class MemoryBus:
     def lost(self) -> int:
         return self._notices.lost
 
+    @property
+    def num_malformed(self) -> int:
+        return 0
+
     def on_event(self, callback: Callable[[BusEvent], None]) -> None:
         self._notices.on_event(callback)
 

@@ -1,4 +1,4 @@
-"""The bus port on a NATS server. Only this file and its socket, `nats_wire`, know nats-py.
+"""The bus port on a NATS server. Only this file, `nats_client` and `nats_wire` know nats-py.
 
 What nats-py leaves to us, and where it is done:
 - Its connection closes for good on some server errors (revoked credentials), and its reconnecting
@@ -9,17 +9,18 @@ What nats-py leaves to us, and where it is done:
   to our own inbox instead.
 - Its `unsubscribe` forgets what the server still sends us, its `drain` flushes: we go by steps.
 - Its outbound bound suspends the publisher after the message was taken: we check before.
+- It reads no more after a message that cannot be decoded: `HardyClient` drops that one.
 - It may swallow a cancel while it connects (its `asyncio.wait_for` does, before Python 3.12, when
   the line it waits for comes in the same turn) and then connects for ever: `_stop` asks again.
 """
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import count
 from secrets import token_hex
-from typing import Any, Final
+from typing import Final
 
 from nats import errors
 from nats.aio.client import Client
@@ -30,6 +31,7 @@ from protocol.bus import BusEvent, Callback, Message
 from protocol.delivery import Grumbler, Inlet, Notices, Requests
 from protocol.errors import BusError, BusOverflow, BusTimeout, ConfigError, LocalError
 from protocol.fragments import header_bytes, split
+from protocol.nats_client import HardyClient, Malformed, send
 from protocol.nats_config import NatsConfig as NatsConfig
 from protocol.nats_config import connect_options, place
 from protocol.nats_wire import Wire
@@ -87,7 +89,8 @@ class NatsBus:
         self._notices = Notices()
         self._requests = Requests(f"{config.inbox_prefix}.{token_hex(8)}")
         self._subscriptions: set[_Subscription] = set()
-        self._client: Client | None = None
+        self._malformed = Malformed()
+        self._client: HardyClient | None = None
         self._wire: Wire | None = None
         self._keeper: asyncio.Task[None] | None = None
         self._up = False
@@ -103,6 +106,11 @@ class NatsBus:
     @property
     def lost(self) -> int:
         return self._notices.lost
+
+    @property
+    def num_malformed(self) -> int:
+        """Messages that were dropped because subject, reply or headers are none."""
+        return self._malformed.number
 
     def on_event(self, callback: Callable[[BusEvent], None]) -> None:
         self._notices.on_event(callback)
@@ -133,13 +141,13 @@ class NatsBus:
         if client.pending_data_size + size + _PROTOCOL_LINE > self._config.pending_bytes:
             raise BusOverflow(f"{client.pending_data_size} bytes wait for the server")
         if size <= client.max_payload:
-            _send(client, subject, payload, reply, headers)
+            send(client, subject, payload, reply, headers)
             return
         parts = split(
             payload, headers, max_payload=client.max_payload, part_id=next(self._part_ids)
         )
         for part, part_headers in parts:
-            _send(client, subject, part, reply, part_headers)
+            send(client, subject, part, reply, part_headers)
             reply = ""
 
     async def subscribe(
@@ -197,7 +205,7 @@ class NatsBus:
     async def _open(self) -> None:
         """Connect, for as long as it takes, and subscribe to everything again."""
         await self._leave()
-        client = Client()
+        client = HardyClient(self._malformed.drop)
         try:
             options = connect_options(self._config)
             self._wire = client._transport = Wire(tls_only="tls" in options)
@@ -251,7 +259,7 @@ class NatsBus:
         if client is None:
             return
         try:
-            reconnecting = _reconnecting(client)
+            reconnecting = client.reconnecting
             if reconnecting is not None:
                 # On its own: it has to end even if we are cancelled here, or will wait no longer.
                 stopping = asyncio.create_task(_stop(reconnecting), name="bus-leave")
@@ -290,7 +298,7 @@ class NatsBus:
         client = self._client
         if client is None or client.is_closed or self._wire is None:
             return True
-        reconnecting = _reconnecting(client)
+        reconnecting = client.reconnecting
         if reconnecting is not None and reconnecting.done():
             died_of = None if reconnecting.cancelled() else reconnecting.exception()
             self._complain(f"reconnecting has died: {died_of!r}")
@@ -351,12 +359,6 @@ class NatsBus:
         self._grumbler.complain(f"bus at {where}: {text}", asyncio.get_running_loop().time())
 
 
-def _reconnecting(client: Client) -> asyncio.Task[None] | None:
-    """nats-py's private task, running or ended. None: never needed, or not to be found."""
-    task: asyncio.Task[None] | None = getattr(client, "_reconnection_task", None)
-    return task
-
-
 async def _stop(task: asyncio.Future[None]) -> None:
     """Cancel it until it has ended, however it ends and whoever cancels us meanwhile."""
     cancelled: asyncio.CancelledError | None = None
@@ -370,27 +372,6 @@ async def _stop(task: asyncio.Future[None]) -> None:
         task.exception()  # Nobody is left to whom it would matter.
     if cancelled is not None:
         raise cancelled
-
-
-def _send(
-    client: Client, subject: str, payload: bytes, reply: str, headers: Mapping[str, str] | None
-) -> None:
-    """nats-py's publish without a task: it suspends only when its buffer is full."""
-    publishing: Coroutine[Any, Any, None] = client.publish(
-        subject, payload, reply, dict(headers) if headers else None
-    )
-    try:
-        publishing.send(None)
-    except StopIteration:
-        return
-    except errors.OutboundBufferLimitError:
-        raise BusOverflow("the outbound buffer is full") from None
-    except (errors.BadSubjectError, ValueError) as error:
-        raise LocalError(f"cannot publish to {subject!r}: {error}") from None
-    except (errors.Error, OSError) as error:
-        raise BusError(str(error)) from None
-    publishing.close()
-    raise BusOverflow("the outbound buffer is full")
 
 
 def _receiver(inlet: Inlet) -> Callable[[Msg], Awaitable[None]]:

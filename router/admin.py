@@ -139,6 +139,7 @@ class Admin:
         scheduler = self._dispatch.scheduler
         metrics = self._metrics
         metrics.queued.set(scheduler.num_queued)
+        metrics.notes.of("bad_message", "malformed").value = self._dispatch.num_malformed
         metrics.tasks.set(len(asyncio.all_tasks()))
         counts: dict[tuple[str, str, str], int] = {}
         loads: dict[tuple[str, str, str], float] = {}

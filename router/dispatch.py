@@ -159,6 +159,11 @@ class Dispatch:
         """Dispatches whose outcome has not arrived."""
         return len(self._attempts.live)
 
+    @property
+    def num_malformed(self) -> int:
+        """Messages that the bus has dropped because they are none."""
+        return self._bus.num_malformed
+
     def watch_client(self, token: str, on_gone: Callable[[], None]) -> str:
         """A reply subject on which the bus says that a NATS client stopped listening."""
         self.inbox.watch_client(token, on_gone)

@@ -378,8 +378,8 @@ class _Server:
         self._lag.stop()
         if len(self._running):
             _log.warning("leaving, aborting requests=%d", len(self._running))
-            text = "the router is shutting down"
-            self._running.abort_all(ClientError(503, text, code="shutting_down", retry_after_s=1))
+        text = "the router is shutting down"
+        self._running.abort_all(ClientError(503, text, code="shutting_down", retry_after_s=1))
         if self._family is not None:
             self._family.leave()
         await self._runner.cleanup()

@@ -3,16 +3,20 @@
 Chunks (or one whole body) come back on the reply inbox, each as plain JSON; an empty message with a
 `Baton-Status` header ends the answer. Errors are a JSON error object and their status in that last
 header. A client that stops listening is noticed by the bus and cancelled.
+
+After an outage of the bus nobody listens for a while: clients come back later than we. A stream
+that was open has lost who knows what and ends with an error; ends are said until they are heard.
 """
 
 import asyncio
 import itertools
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
-from protocol.bus import Bus, Message, Subscription
-from protocol.errors import BadMessage, BusError, ClientError
+from protocol.bus import Bus, BusEvent, Message, Subscription
+from protocol.errors import BadMessage, BusError, BusOverflow, ClientError, LocalError
 from protocol.subjects import Subjects
 from router.answers import to_json
 from router.dispatch import Dispatch
@@ -26,56 +30,91 @@ STATUS: Final = "Baton-Status"
 REQUEST_ID: Final = "x-request-id"
 QUEUE: Final = "baton-routers"
 MAX_OPEN: Final = 65_536
+MAX_REPLY: Final = 512
+"""Characters of an inbox. With more, our own line may be too long for the server, which then closes
+the connection of everybody."""
 DRAIN_S: Final = 5.0
 """For one round trip to NATS; without it nothing can be on its way to us either."""
+GRACE_S: Final = 8.0
+"""After an outage: whom nobody hears so long may be a client that has not come back yet."""
+PAUSES: Final = (0.25, 0.5, 1.0, 2.0, 4.0)
+"""Between two attempts to say what nobody heard."""
+FLUSH_S: Final = 2.0
+"""Longer than the bus needs to notice that the server stands still."""
+SMALL: Final = 64 * 1024
+"""A message of fewer bytes is not what a full bus has no room for."""
+
+_Said = tuple[bytes, dict[str, str] | None]
+"""A message of an answer: payload and headers."""
+
+
+class _TooLarge(BusError):
+    """The bus has taken everything else, but not this."""
 
 
 class ReplyWriter:
-    """A `ChunkWriter` over a reply inbox. `on_end` is called when nothing more will be said."""
+    """A `ChunkWriter` over the reply inbox of one request. How the answer ends is kept here until
+    the request's task says it."""
 
-    def __init__(
-        self,
-        bus: Bus,
-        reply: str,
-        request_id: str,
-        *,
-        watch: str = "",
-        on_end: Callable[[], None] = lambda: None,
-    ) -> None:
-        self._bus = bus
-        self._reply = reply
-        self._request_id = request_id
-        self._watch = watch
-        self._on_end = on_end
-        self.status = 0
-        """What the client was told; 0: nothing, it stopped listening."""
+    def __init__(self, bus: Bus, reply: str, request_id: str) -> None:
+        self._publish: Callable[..., None] = bus.publish
+        self.reply = reply
+        self.request_id = request_id
+        self.watch = ""
+        self.body = b""
+        """Of an answer in a piece."""
+        self.error: ClientError | None = None
+        self.over = asyncio.Event()
+        """Nothing more will be written, or it makes no sense."""
+        self.has_ended = False
+        self.has_gone = False
+        """The client stopped listening."""
+        self.is_broken = False
 
     def write(self, chunk: bytes) -> None:
         try:
-            self._bus.publish(self._reply, chunk, reply=self._watch)
+            self._publish(self.reply, chunk, reply=self.watch)
         except BusError:
-            self._on_end()  # a stream with a hole is no stream: the silence tells the client
+            self.interrupt()
 
     def splice(self, before: bytes, after: bytes) -> Callable[[bytes], None]:
         return lambda middle: self.write(before + middle + after)
 
     def fail(self, error: ClientError) -> None:
-        self.write(error_json(error, self._request_id))
-        self._end(error.status, error.retry_after_s)
+        self.error = error
+        self.finish()
 
     def finish(self) -> None:
-        self._end(200, None)
+        self.has_ended = True
+        self.over.set()
 
-    def _end(self, status: int, retry_after_s: int | None) -> None:
-        headers = {STATUS: str(status), REQUEST_ID: self._request_id}
-        if retry_after_s is not None:
-            headers["Retry-After"] = str(retry_after_s)
-        try:
-            self._bus.publish(self._reply, b"", headers=headers)
-            self.status = status
-        except BusError:
-            pass
-        self._on_end()
+    def interrupt(self) -> None:
+        """There is a hole in the stream, or may be: what comes now is of no use."""
+        self.is_broken = True
+        self._publish = _discard  # so that no chunk has to look whether it is the one after
+        self.over.set()
+
+    def leave(self) -> None:
+        """The client has gone."""
+        self.has_gone = True
+        self.over.set()
+
+    @property
+    def status(self) -> int:
+        return 200 if self.error is None else self.error.status
+
+    def ending(self) -> list[_Said]:
+        """The messages that end the answer."""
+        if self.is_broken and self.error is None:
+            self.error = _interrupted()
+        headers = {STATUS: str(self.status), REQUEST_ID: self.request_id}
+        if self.error is None:
+            body = self.body
+        else:
+            body = error_json(self.error, self.request_id)
+            if self.error.retry_after_s is not None:
+                headers["Retry-After"] = str(self.error.retry_after_s)
+        return [(body, None), (b"", headers)] if body else [(b"", headers)]
 
 
 class NatsApi:
@@ -104,8 +143,14 @@ class NatsApi:
         self._tokens = itertools.count(1)
         self._open = 0
         self._subscription: Subscription | None = None
+        self._now = asyncio.get_running_loop().time
+        self._streams: set[ReplyWriter] = set()
+        self._outages = 0
+        self._steady_at = float("-inf")
+        self._bus_news = asyncio.Event()
 
     async def start(self) -> None:
+        self._bus.on_event(self._on_bus_event)
         self._subscription = await self._bus.subscribe(
             self._subjects.all_api, self._on_request, queue=QUEUE
         )
@@ -116,6 +161,8 @@ class NatsApi:
         if subscription is not None:
             await subscription.drain(timeout_s=DRAIN_S)
 
+    # --- requests ---
+
     def _on_request(self, message: Message) -> None:
         if message.no_responders:
             return
@@ -123,12 +170,16 @@ class NatsApi:
             problem = BadMessage("no inbox for the answer")
             self._dispatch.inbox.bad_message(message.subject, problem, "no_inbox")
             return
-        if self._open >= MAX_OPEN:
-            error = ClientError(503, "too many open requests", code="queue_full", retry_after_s=1)
-            request_id = self._running.new_id()
-            ReplyWriter(self._bus, message.reply, request_id).fail(error)
-            door = message.subject
-            self._dispatch.stories.answered(request_id, door, 503, error, has_begun=False)
+        refusal = self._running.leaving
+        if refusal is None and self._open >= MAX_OPEN:
+            refusal = ClientError(503, "too many open requests", code="queue_full", retry_after_s=1)
+        if refusal is not None:
+            writer = ReplyWriter(self._bus, message.reply, self._running.new_id())
+            writer.fail(refusal)
+            self._say_once(writer)
+            self._dispatch.stories.answered(
+                writer.request_id, message.subject, refusal.status, refusal, has_begun=False
+            )
             return
         self._open += 1
         self._tasks.create_task(self._serve(message), name="api request")
@@ -137,68 +188,203 @@ class NatsApi:
         headers = message.headers or {}
         asked = headers.get(REQUEST_ID, "") or headers.get("X-Request-Id", "")
         request_id = self._running.begin(asked)
-        status, told = 0, None
+        writer = ReplyWriter(self._bus, message.reply, request_id)
+        status = 0
         try:
-            status = await self._answer(message, request_id)
-        except ClientError as error:
-            told = error
-            self._fail(message, request_id, error)
-        except Exception:  # noqa: BLE001 - the edge: a bug here must not be a hang there
-            _log.exception("api request failed request_id=%s", request_id)
-            told = ClientError(500, "internal error", code="internal_error")
-            self._fail(message, request_id, told)
+            await self._answer(message, writer)
+            if not writer.has_gone:
+                status = await self._end(writer)
+        except asyncio.CancelledError:
+            if not writer.has_gone:
+                if not writer.has_ended:
+                    writer.fail(self._running.leaving or _leaving())
+                self._say_once(writer)
+                status = writer.status
+            raise
+        except Exception:  # noqa: BLE001 - an answer that cannot be said must not end the others
+            _log.exception("api answer failed request_id=%s", request_id)
         finally:
             self._open -= 1
-            if told is not None:
-                status = told.status
+            self._streams.discard(writer)
             if status:
-                self._dispatch.stories.answered(request_id, message.subject, status, told)
+                door = message.subject
+                self._dispatch.stories.answered(request_id, door, status, writer.error)
             self._running.end(request_id)
 
-    def _fail(self, message: Message, request_id: str, error: ClientError) -> None:
-        ReplyWriter(self._bus, message.reply, request_id).fail(error)
+    async def _answer(self, message: Message, writer: ReplyWriter) -> None:
+        """Everything but the end."""
+        try:
+            await self._run(message, writer)
+        except ClientError as error:
+            writer.fail(error)
+        except Exception:  # noqa: BLE001 - the edge: a bug here must not be a hang there
+            _log.exception("api request failed request_id=%s", writer.request_id)
+            writer.fail(ClientError(500, "internal error", code="internal_error"))
 
-    async def _answer(self, message: Message, request_id: str) -> int:
-        """The status that the client was told; 0 if it went. Raises ClientError."""
+    async def _run(self, message: Message, writer: ReplyWriter) -> None:
+        """Raises ClientError."""
         endpoint = self._subjects.endpoint_of(message.subject)
         if endpoint == "models":
-            writer = ReplyWriter(self._bus, message.reply, request_id)
-            writer.write(self._models())
+            writer.body = self._models()
             writer.finish()
-            return writer.status
+            return
         if endpoint not in ("chat.completions", "completions"):
             raise ClientError(404, f"no endpoint `{endpoint}`", code="not_found")
         if len(message.payload) > self._max_body_bytes:
             text = f"the body is larger than {self._max_body_bytes} bytes"
             raise ClientError(413, text, code="body_too_large")
         prepare = self._front.chat if endpoint == "chat.completions" else self._front.completion
-        return await self._run(message, request_id, await prepare(message.payload, request_id))
+        prepared = await prepare(message.payload, writer.request_id)
+        if prepared.stream:
+            await self._stream(prepared, writer)
+            return
+        whole = collect_sink(prepared, self._dispatch.cancel)
+        self._running.start(writer.request_id, prepared, whole)
+        await whole.done.wait()
+        writer.body = await whole.rendered()
+        writer.finish()
 
-    async def _run(self, message: Message, request_id: str, prepared: Prepared) -> int:
-        over = asyncio.Event()
+    async def _stream(self, prepared: Prepared, writer: ReplyWriter) -> None:
         token = str(next(self._tokens))
-        watch = self._dispatch.watch_client(token, over.set)
-        writer = ReplyWriter(self._bus, message.reply, request_id, watch=watch, on_end=over.set)
-        cancel = self._dispatch.cancel
+        writer.watch = self._dispatch.watch_client(token, partial(self._on_unheard, writer))
+        self._streams.add(writer)
+        sink = stream_sink(prepared, self._dispatch.cancel, writer)
         try:
-            if prepared.stream:
-                stream = stream_sink(prepared, cancel, writer)
-                self._running.start(request_id, prepared, stream)
-                await over.wait()
-            else:
-                whole = collect_sink(prepared, cancel)
-                self._running.start(request_id, prepared, whole)
-                await whole.done.wait()
-                writer.write(await whole.rendered())
-                writer.finish()
-            return writer.status
+            self._running.start(writer.request_id, prepared, sink)
+            await writer.over.wait()
+            if writer.is_broken:
+                sink.abort(_interrupted())
+        finally:
+            self._dispatch.inbox.unwatch_client(token)
+
+    # --- the bus ---
+
+    def _on_bus_event(self, event: BusEvent) -> None:
+        if event.kind == "down":
+            self._outages += 1
+        elif event.kind == "up":
+            self._steady_at = self._now() + GRACE_S
+            for writer in self._streams:
+                writer.interrupt()
+        self._bus_news.set()
+
+    def _on_unheard(self, writer: ReplyWriter) -> None:
+        """Nobody heard a chunk."""
+        if self._is_steady():
+            writer.leave()
+        else:
+            writer.interrupt()
+
+    def _is_steady(self) -> bool:
+        """Whether who does not listen has gone."""
+        return self._bus.connected and self._now() >= self._steady_at
+
+    async def _until_up(self) -> None:
+        while not self._bus.connected:
+            self._bus_news.clear()
+            await self._bus_news.wait()
+
+    # --- the end of an answer ---
+
+    def _say_once(self, writer: ReplyWriter) -> None:
+        """For who cannot wait."""
+        try:
+            for payload, headers in writer.ending():
+                self._bus.publish(writer.reply, payload, headers=headers)
+        except (BusError, LocalError):
+            pass
+
+    async def _end(self, writer: ReplyWriter) -> int:
+        """Say the end. Returns the status that the client was told; 0 if it was not."""
+        while True:
+            await self._until_up()
+            outages = self._outages
+            try:
+                for said in writer.ending():
+                    if not await self._say(writer.reply, *said):
+                        break
+                else:
+                    return writer.status
+            except _TooLarge:
+                text = "the answer is too large for the bus; ask for less, or for a stream"
+                writer.fail(ClientError(413, text, code="answer_too_large"))
+                continue
+            except BusError:
+                if writer.error is not None:
+                    return 0
+                writer.fail(_interrupted())
+                continue
+            if outages == self._outages:
+                return 0
+
+    async def _say(self, reply: str, payload: bytes, headers: dict[str, str] | None) -> bool:
+        """Publish it; in doubt until somebody hears it. False if nobody does, or if there is an
+        outage, after which something else may have to be said. Raises BusError."""
+        if self._is_steady():
+            try:
+                self._bus.publish(reply, payload, headers=headers)
+                return True
+            except BusError:
+                pass
+        outages = self._outages
+        refused: BusError | None = None
+        for pause in (0.0, *PAUSES):
+            await asyncio.sleep(pause)
+            if outages != self._outages:
+                return False
+            try:
+                refused = None
+                if await self._is_heard(reply, payload, headers):
+                    return True
+            except _TooLarge:
+                raise
+            except BusError as error:
+                refused = error
+        if refused is not None:
+            raise refused
+        return False
+
+    async def _is_heard(self, reply: str, payload: bytes, headers: dict[str, str] | None) -> bool:
+        """Publish it, and wait for the word that nobody listens: it would come before the flush is
+        done. Raises BusError."""
+        unheard = asyncio.Event()
+        token, outages = str(next(self._tokens)), self._outages
+        watch = self._dispatch.watch_client(token, unheard.set)
+        publish = partial(self._bus.publish, reply, payload, reply=watch, headers=headers)
+        try:
+            try:
+                publish()
+            except BusOverflow:
+                await self._bus.flush(timeout_s=FLUSH_S)
+                try:
+                    publish()
+                except BusOverflow as error:
+                    raise (_TooLarge() if len(payload) >= SMALL else error) from None
+            await self._bus.flush(timeout_s=FLUSH_S)
+            return not unheard.is_set() and outages == self._outages
         finally:
             self._dispatch.inbox.unwatch_client(token)
 
 
+def _discard(*_: object, **__: object) -> None:
+    """In place of `publish`."""
+
+
+def _interrupted() -> ClientError:
+    text = "NATS was interrupted: the answer may be incomplete"
+    return ClientError(503, text, code="interrupted", retry_after_s=1)
+
+
+def _leaving() -> ClientError:
+    text = "the router is shutting down"
+    return ClientError(503, text, code="shutting_down", retry_after_s=1)
+
+
 def _is_answerable(reply: str) -> bool:
     """Whether an answer can be published there: it came from the client as it liked."""
-    return bool(reply) and all(part and part not in "*>" for part in reply.split("."))
+    if not reply or len(reply) > MAX_REPLY:
+        return False
+    return all(part and part not in "*>" for part in reply.split("."))
 
 
 def models_body(names: list[tuple[str, int]]) -> bytes:

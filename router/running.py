@@ -22,6 +22,9 @@ class Running:
         self._dispatch = dispatch
         self.new_id = new_id
         self._sinks: dict[str, JoinedSink | None] = {}
+        """None: still in preparation."""
+        self.leaving: ClientError | None = None
+        """What everybody is told once the router leaves."""
 
     def __len__(self) -> int:
         return len(self._sinks)
@@ -39,6 +42,9 @@ class Running:
     def start(self, request_id: str, prepared: Prepared, sink: JoinedSink) -> None:
         """Submit the choices; when one is refused at once, the others are not even tried."""
         self._sinks[request_id] = sink
+        if self.leaving is not None:
+            sink.abort(self.leaving)
+            return
         for spec in prepared.specs:
             if sink.over:
                 return
@@ -52,7 +58,8 @@ class Running:
         self._dispatch.stories.over(request_id)
 
     def abort_all(self, error: ClientError) -> None:
-        """Every client is told `error` now."""
+        """Every client is told `error`: now, or when its request is prepared."""
+        self.leaving = error
         for sink in list(self._sinks.values()):
             if sink is not None:
                 sink.abort(error)

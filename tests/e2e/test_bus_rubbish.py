@@ -14,6 +14,30 @@ from tests.e2e.fleet import MODEL, Fleet
 pytestmark = pytest.mark.xdist_group("api")
 
 
+def _no_messages() -> list[bytes]:
+    """What nats-py cannot read, or not as it was meant, and what nobody could answer."""
+    lines = [
+        b"PUB baton.default.api.%b %b 2\r\n{}\r\n" % place
+        for place in (
+            (b"\xff", b"inbox.a"),
+            (b"completions", b"inbox.\xff"),
+            (b"completions", b"inbox.a\x0cb"),
+            (b"completions", b"inbox.a\r"),
+            (b"models\x0c2", b""),
+            (b"models\x0cx", b"inbox.a"),
+            (b"models\rx", b"inbox.a"),
+        )
+    ]
+    for block in (b"abcd", b"NATS/1.0", b"NATS/1.0 404 \xff\r\n\r\n", b"NATS/1.0 503\r\n\r\n"):
+        size = len(block)
+        place = b"baton.default.api.completions inbox.a"
+        lines.append(b"HPUB %b %d %d\r\n%b{}\r\n" % (place, size, size + 2, block))
+    body = b'{"model": "%b", "prompt": "a", "stream": true}' % MODEL.encode()
+    place = b"baton.default.api.completions " + b"i" * 4050  # with our own reply: too long a line
+    lines.append(b"PUB %b %d\r\n%b\r\n" % (place, len(body), body))
+    return lines
+
+
 async def test_rubbish_on_the_bus_is_counted_and_harms_nobody(fleet: Fleet) -> None:
     subjects = Subjects("default")
     info = fleet.cluster_info()
@@ -53,12 +77,14 @@ async def test_rubbish_on_the_bus_is_counted_and_harms_nobody(fleet: Fleet) -> N
         raw_nats.sendall(b'CONNECT {"verbose":false,"pedantic":false,"headers":true}\r\n')
         for reply in (b"a.*", b"a.>", b"a..b", b".", b"baton.default.api.models"):
             raw_nats.sendall(b"PUB baton.default.api.models %s 0\r\n\r\n" % reply)
+        raw_nats.sendall(b"".join(_no_messages()))
         raw_nats.sendall(b"PING\r\n")
         assert b"PONG" in raw_nats.recv(65536)
     fleet.until(
         lambda: fleet.metric("baton_events_total", kind="bad_message") >= before + 2 * len(rubbish),
         what="the rubbish to be counted",
     )
+    assert fleet.metric("baton_events_total", kind="bad_message", cause="malformed") > 0
     subject = subjects.api("models")
     client = await nats.connect(fleet.nats_url)
     try:

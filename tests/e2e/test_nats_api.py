@@ -2,8 +2,10 @@
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -222,3 +224,48 @@ async def test_two_routers_share_the_requests(client: Client, fleet: Fleet) -> N
     answers = await asyncio.gather(*running)
     assert {answer.status for answer in answers} == {"200"}
     assert [len(answer.chunks) for answer in answers] == [150] * NUM_LONG
+
+
+async def until_answered(subscription: Subscription, *, timeout_s: float) -> Answer:
+    """Up to the status, over whatever happens to NATS meanwhile."""
+    answer = Answer()
+    async with asyncio.timeout(timeout_s):
+        async for message in subscription.messages:
+            if message.headers and "Baton-Status" in message.headers:
+                answer.headers = dict(message.headers)
+                answer.status = answer.headers["Baton-Status"]
+                return answer
+            answer.chunks.append(json.loads(message.data))
+    raise AssertionError("the subscription has ended")
+
+
+@pytest.mark.timeout(120)
+async def test_a_restart_of_nats_ends_streams_and_loses_no_whole_answer(tmp_path: Path) -> None:
+    """The client comes back seconds after the router; nothing tells it that it has missed
+    anything but the end that it gets."""
+    with Fleet(tmp_path, settings=("worker.sim_step_ms=20",)) as fleet:
+        client = await nats.connect(fleet.nats_url, max_reconnect_attempts=-1)
+        try:
+            body = {"model": MODEL, "prompt": "x", "ignore_eos": True, "seed": 1}
+            stream = await send(client, TEXT, {**body, "max_tokens": 1000, "stream": True}, None)
+            # The one is over before the client is back, the other one after.
+            wholes = [
+                await send(client, TEXT, {**body, "max_tokens": most}, None) for most in (50, 400)
+            ]
+            for _ in range(10):
+                await stream.next_msg(timeout=5)
+            await asyncio.to_thread(fleet.kill, "nats")
+            await asyncio.to_thread(fleet.restart, "nats")
+            began = time.monotonic()
+            broken = await until_answered(stream, timeout_s=10)
+            assert broken.status == "503"
+            assert broken.headers["Retry-After"] == "1"
+            assert broken.chunks[-1]["error"]["code"] == "interrupted"
+            for subscription, most in zip(wholes, (50, 400), strict=True):
+                left_s = 25 - (time.monotonic() - began)
+                answer = await until_answered(subscription, timeout_s=left_s)
+                assert answer.status == "200"
+                assert answer.chunks[-1]["usage"]["completion_tokens"] == most
+            await asyncio.to_thread(fleet.until_idle)
+        finally:
+            await client.close()
