@@ -31,6 +31,7 @@ from discovery.lease_keeper import (
 )
 from discovery.registry import IsAlive, TwinAlive
 from discovery.store import LeaseGone, Store, StoreDenied, StoreUnavailable
+from protocol.errors import BusError
 from protocol.worker_info import WorkerInfo
 
 logger = logging.getLogger(__name__)
@@ -165,10 +166,13 @@ class KeptRegistration:
             self._reason = "its lease has ended"
             return LeaseEnded()
         except StoreDenied as error:
-            self._complain(f"refused: {error}")
+            self._complain(f"registry refused: {error}")
             return Failed(denied=True)
         except (StoreUnavailable, TimeoutError) as error:
-            self._complain(f"unavailable: {error}")
+            self._complain(f"registry unavailable: {error}")
+            return Failed()
+        except BusError as error:
+            self._complain(f"who has the name cannot be asked: {error}")
             return Failed()
         except Exception as error:
             logger.exception("registration %s: unexpected error", self._key)
@@ -183,8 +187,8 @@ class KeptRegistration:
         changed = reason.split(":")[0] != self._reason.split(":")[0]
         if changed or now - self._logged_at >= LOG_EVERY_S:
             self._logged_at = now
-            level = logging.ERROR if reason.startswith("refused") else logging.WARNING
-            logger.log(level, "registration %s: registry %s", self._key, reason)
+            level = logging.ERROR if reason.startswith("registry refused") else logging.WARNING
+            logger.log(level, "registration %s: %s", self._key, reason)
         self._reason = reason
 
     async def _perform(self, command: Command) -> Event:

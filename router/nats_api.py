@@ -328,6 +328,7 @@ class NatsApi:
                 pass
         outages = self._outages
         refused: BusError | None = None
+        num_overflows = 0
         for pause in (0.0, *PAUSES):
             await asyncio.sleep(pause)
             if outages != self._outages:
@@ -336,10 +337,12 @@ class NatsApi:
                 refused = None
                 if await self._is_heard(reply, payload, headers):
                     return True
-            except _TooLarge:
-                raise
+            except BusOverflow as error:
+                refused, num_overflows = error, num_overflows + 1
             except BusError as error:
                 refused = error
+        if num_overflows > len(PAUSES) and len(payload) >= SMALL:
+            raise _TooLarge  # others' bytes have had seconds to go
         if refused is not None:
             raise refused
         return False
@@ -356,10 +359,7 @@ class NatsApi:
                 publish()
             except BusOverflow:
                 await self._bus.flush(timeout_s=FLUSH_S)
-                try:
-                    publish()
-                except BusOverflow as error:
-                    raise (_TooLarge() if len(payload) >= SMALL else error) from None
+                publish()
             await self._bus.flush(timeout_s=FLUSH_S)
             return not unheard.is_set() and outages == self._outages
         finally:

@@ -239,6 +239,7 @@ def _pinger(bus: Bus, subjects: Subjects) -> Callable[[WorkerInfo], Any]:
     async def is_alive(info: WorkerInfo) -> bool:
         ask = encode(JobEnvelope("newcomer", [Ping()]))
         if not bus.connected:
+            await asyncio.sleep(PING_TIMEOUT_S)  # as long as an answer may take
             raise BusError("the bus is away")
         try:
             subject = subjects.jobs(info.worker_id, info.incarnation)

@@ -67,8 +67,8 @@ class Admission:
         self.num_queued = 0
         """In lanes and lonely."""
 
-    def add(self, choice: Choice, now: float) -> None:
-        """To the end of where it belongs."""
+    def add(self, choice: Choice, now: float, *, first: bool = False) -> None:
+        """To the end of where it belongs, or in front."""
         if choice.tries.alone:
             self.lonely[choice.id] = choice
         else:
@@ -77,7 +77,10 @@ class Admission:
             lane = lanes.get(spec.model_digest)
             if lane is None:
                 lane = lanes[spec.model_digest] = Lane(now)
-            (lane.retries if choice.retrying else lane.fresh)[choice.id] = choice
+            queue = lane.retries if choice.retrying else lane.fresh
+            queue[choice.id] = choice
+            if first:
+                queue.move_to_end(choice.id, last=False)
         self.num_queued += 1
 
     def discard(self, choice: Choice) -> None:

@@ -233,7 +233,8 @@ class Mover:
         elif choice.state == "decode_wait":
             t.wait(choice)
         else:
-            t.admission.add(choice, t.bus_now)
+            # Who stood aside lets pass those who came meanwhile, not the whole queue.
+            t.admission.add(choice, t.bus_now, first=choice.tries.looks > 0)
 
 
 def _computes(attempt: Attempt) -> bool:

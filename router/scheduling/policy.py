@@ -80,10 +80,11 @@ def candidates(
     return found
 
 
-def others(pool: Pool, found: Mapping[Worker, None]) -> dict[Worker, None]:
-    """Everybody, for when none of those found fits though not all are full: the rest may be larger.
-    Rare, so it may cost a look at all."""
-    if pool.is_full or len(found) >= len(pool.order):
+def others(pool: Pool, want: Want, found: Mapping[Worker, None]) -> dict[Worker, None]:
+    """Everybody, for when those found are perhaps too small and the rest not. Only where sizes
+    differ and this one is between them, so that it may cost a look at all."""
+    between = smallest(pool) < want.tokens <= largest(pool)
+    if not between or pool.is_full or len(found) >= len(pool.order):
         return {}
     return {seat.worker: None for seat in pool.order}
 

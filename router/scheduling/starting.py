@@ -204,7 +204,7 @@ class Placer:
         slots = fleet.index.num_slots
         found = candidates(group.decode, want, fleet.by_slot, t.rng, slots)
         here = choose_decode(want, found, local=True) or choose_decode(
-            want, others(group.decode, found), local=True
+            want, others(group.decode, want, found), local=True
         )
         if here is None:
             return None
@@ -213,7 +213,9 @@ class Placer:
         if want.tokens > here.worker.info.capacity.max_context - _FIRST_AND_NEXT:
             return here, None  # behind a first token from elsewhere it could not go on
         found = candidates(group.prefill, want, fleet.by_slot, t.rng, slots)
-        there = choose_prefill(want, found) or choose_prefill(want, others(group.prefill, found))
+        there = choose_prefill(want, found) or choose_prefill(
+            want, others(group.prefill, want, found)
+        )
         if there is None and could_take(group.prefill, want.tokens, want.excluded):
             return None  # prefill workers are busy: their queue is here
         if not should_disaggregate(want, here, there, t.limits.local_prefill_tokens):
@@ -312,5 +314,5 @@ class Placer:
         t = self._t
         found = candidates(group.decode, want, t.fleet.by_slot, t.rng, 1)
         return choose_decode(want, found, local=False) or choose_decode(
-            want, others(group.decode, found), local=False
+            want, others(group.decode, want, found), local=False
         )

@@ -134,7 +134,14 @@ class TcpListener:
         """Whoever comes now waits in the kernel's backlog."""
         reactor = self._reactors[0]
         reactor.watch(self, 0)
-        reactor.later(_PAUSE_S, lambda: reactor.watch(self, READ))
+        reactor.later(_PAUSE_S, self._go_on)
+
+    def _go_on(self) -> None:
+        reactor = self._reactors[0]
+        try:
+            reactor.watch(self, READ)
+        except OSError:
+            reactor.later(_PAUSE_S, self._go_on)
 
     def _evict(self) -> None:
         """Close the connection that has been idle longest, if one is idle."""

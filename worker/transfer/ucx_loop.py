@@ -111,10 +111,12 @@ class UcxLoop(LoopThread[UcxChannel, None]):
                 self._give_up(error)
         finally:
             self._opened.set()  # who starts it joins the thread where that failed
-            if self._library is not None:
-                self._end(self._library)
-            self._wake_read.close()
-            self._wake_write.close()
+            try:
+                if self._library is not None:
+                    self._end(self._library)
+            finally:
+                self._wake_read.close()
+                self._wake_write.close()
 
     def _serve(self, library: Library) -> None:
         worker = library.worker
@@ -140,12 +142,17 @@ class UcxLoop(LoopThread[UcxChannel, None]):
         self._run_calls()
         for channel in list(self._channels):
             self.close(channel, "stopped: the worker leaves")
-        self._tell_closed()
-        while self._closing and self._progress(library):
+        is_quiet = False
+        try:
             self._tell_closed()
+            while self._closing and self._progress(library):
+                self._tell_closed()
+            is_quiet = not self._closing
+        except Exception:
+            _logger.exception("ucx makes no progress: what is under way is given up")
         for function in self._at_end:
             self._guard(function)
-        if not self._closing:  # else the memory must stay: the library is left as it is
+        if is_quiet:  # else the memory must stay: the library is left as it is
             self._library = None
 
     def _progress(self, library: Library) -> bool:

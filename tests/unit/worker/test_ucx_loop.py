@@ -97,3 +97,20 @@ def test_a_loop_that_came_up_serves_until_it_is_stopped(library: type[FakeLibrar
     assert loop.call(heard.set)
     assert heard.wait(PATIENCE_S)
     assert loop.stop(PATIENCE_S)
+
+
+def test_a_library_that_makes_no_progress_any_more_ends_all_the_same(
+    library: type[FakeLibrary], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = threading.Event()
+
+    def broken(_self: FakeLibrary) -> bool:
+        raise RuntimeError("device lost")
+
+    loop, raised = started(lambda: None)
+    assert not raised
+    loop.at_end(ended.set)
+    monkeypatch.setattr(library, "progress_once", broken)
+    assert loop.call(lambda: None)
+    assert ended.wait(PATIENCE_S)
+    assert loop.stop(PATIENCE_S)

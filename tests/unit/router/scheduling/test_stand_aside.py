@@ -4,6 +4,7 @@ from router.scheduling import commands as cmd
 from router.scheduling import events as ev
 from router.scheduling.attempts import FREE_SHARE, LOOKS
 from router.scheduling.limits import Limits
+from router.scheduling.policy import Want, others
 from router.scheduling.scheduler import Scheduler
 from tests.unit.router.scheduling.bench import (
     Bench,
@@ -331,3 +332,31 @@ def test_a_scheduler_has_no_timer_of_an_outage_before_one() -> None:
     bench = Bench()
     assert isinstance(bench.scheduler, Scheduler)
     assert bench.scheduler.next_deadline() is None
+
+
+def test_who_stood_aside_is_in_front_again() -> None:
+    """Those who came meanwhile have passed; the whole queue must not."""
+    bench = Bench()
+    bench.list_workers(info("large", "decode", context=100_000, running=1))
+    bench.list_workers(info("d1", "decode", running=1))
+    settled(bench, bench.feed(submitted("first", tokens=20_000)))
+    bench.feed(submitted("long", tokens=20_000))
+    settled(bench, bench.feed(submitted("passes")))
+    for number in range(3):
+        bench.feed(submitted(f"late/{number}"))
+    bench.pass_time(LONGEST_S)
+    [lane] = bench.scheduler._t.admission.lanes("m")
+    assert list(lane.fresh) == ["long", "late/0", "late/1", "late/2"]
+
+
+def test_nobody_looks_at_all_workers_where_all_are_of_a_size() -> None:
+    bench = Bench()
+    bench.list_workers(*(info(f"d{n}", "decode") for n in range(40)))
+    [group] = bench.scheduler._t.fleet.models["m"].groups.values()
+    for tokens, expected in ((10, 0), (8191, 0), (9000, 0)):
+        want = Want(tokens, 0, 0, 16, set(), [], 4)
+        assert len(others(group.decode, want, {})) == expected
+    bench.list_workers(info("large", "decode", context=10_000))
+    for tokens, expected in ((10, 0), (8191, 0), (8192, 41), (9999, 41), (10_000, 0)):
+        want = Want(tokens, 0, 0, 16, set(), [], 4)
+        assert len(others(group.decode, want, {})) == expected
