@@ -13,6 +13,7 @@ from router.scheduling.alone import Suspects
 from router.scheduling.attempts import LOOKS
 from router.scheduling.commands import EndChoice, EndLeg, Note
 from router.scheduling.deadlines import Timer
+from router.scheduling.fleet import Worker
 from router.scheduling.lifecycle import LEG_OF, Attempt, Choice
 from router.scheduling.tables import Tables
 
@@ -100,7 +101,7 @@ class Mover:
                 t.suspect(choice.lent.reservation.worker, "not_pulled")
         leg = LEG_OF[choice.state]
         rewait = keep_handle and attempt.kind == "pull" and self._good_handle(choice)
-        resumable = attempt.worker.info.traits.resume != "none"
+        resumable = _resumes(attempt.worker)
         t.close(attempt, done=done)
         if not self._may_go_on(choice, cause, leg, free=free):
             return
@@ -125,8 +126,7 @@ class Mover:
         if self._may_go_on(choice, cause, leg, free=False):
             if not lender.live:
                 self._t.budget.excused(self._t.now)
-            resumable = lender.info.traits.resume != "none"
-            self.requeue(choice, cause, worker=lender.id, leg=leg, resumable=resumable)
+            self.requeue(choice, cause, worker=lender.id, leg=leg, resumable=_resumes(lender))
 
     def give_back(self, choice: Choice, cause: str) -> None:
         """Nobody can pull its handle, for no fault of anybody's: it is prefilled again."""
@@ -134,7 +134,7 @@ class Mover:
         leg = LEG_OF[choice.state]
         if self._may_go_on(choice, cause, leg, free=True):
             self._t.budget.excused(self._t.now)
-            resumable = choice.lent.reservation.worker.info.traits.resume != "none"
+            resumable = _resumes(choice.lent.reservation.worker)
             self.requeue(choice, cause, worker="", leg=leg, resumable=resumable)
 
     def _may_go_on(self, choice: Choice, cause: str, leg: EndLeg, *, free: bool) -> bool:
@@ -235,6 +235,11 @@ class Mover:
         else:
             # Who stood aside lets pass those who came meanwhile, not the whole queue.
             t.admission.add(choice, t.bus_now, first=choice.tries.looks > 0)
+
+
+def _resumes(worker: Worker) -> bool:
+    """Whether a stream that its engine began can go on elsewhere."""
+    return worker.info.traits.resume != "none"
 
 
 def _computes(attempt: Attempt) -> bool:

@@ -2,7 +2,8 @@
 
 `drain` runs once at the end of every event that may have freed something, and starts a bounded
 number of jobs: first those that hold a handle (two workers are charged for them), then choices that
-run alone, then retries, then new work. A lane stops at its first choice that finds no place.
+run alone, then retries, then new work. A lane stops at its first choice that finds no place, unless
+only something of its own keeps that one back: then it stands aside (ADR 15).
 """
 
 from collections.abc import Callable, Set

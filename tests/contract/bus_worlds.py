@@ -1,7 +1,8 @@
 """The two worlds that the bus contract is checked in: a real server, and the hub in memory."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,6 +12,9 @@ from protocol.nats_bus import NatsBus, NatsConfig
 from tests.contract.nats_server import NatsServer
 
 PATIENCE_S = 15.0
+
+Serve = Callable[[str], NatsServer]
+"""Starts a server with this configuration."""
 
 
 class World(Protocol):
@@ -108,3 +112,19 @@ async def started(world: World, *, pending_bytes: int = 64 << 20) -> Bus:
     async with asyncio.timeout(PATIENCE_S):
         await bus.start()
     return bus
+
+
+@asynccontextmanager
+async def running(config: NatsConfig) -> AsyncIterator[tuple[NatsBus, Listener]]:
+    """A bus that is up, and who hears `s` there."""
+    bus, heard = NatsBus(config), Listener()
+    bus.on_event(heard.on_event)
+    try:
+        async with asyncio.timeout(PATIENCE_S):
+            await bus.start()
+            await bus.subscribe("s", heard)
+            bus.publish("s", b"hello")
+            await heard.have(1)
+        yield bus, heard
+    finally:
+        await bus.close()
