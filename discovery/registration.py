@@ -68,7 +68,8 @@ class KeptRegistration:
         self.closed = False
         self._was_lost = False
         self._reason = ""
-        self._logged_at = -LOG_EVERY_S
+        self._logged_at: dict[str, float] = {}
+        """By cause: a call that succeeds in between is no reason to say it again."""
 
     @property
     def lost(self) -> bool:
@@ -184,9 +185,9 @@ class KeptRegistration:
 
     def _complain(self, reason: str) -> None:
         now = self._loop.time()
-        changed = reason.split(":")[0] != self._reason.split(":")[0]
-        if changed or now - self._logged_at >= LOG_EVERY_S:
-            self._logged_at = now
+        cause = reason.split(":")[0]
+        if now - self._logged_at.get(cause, -LOG_EVERY_S) >= LOG_EVERY_S:
+            self._logged_at[cause] = now
             level = logging.ERROR if reason.startswith("registry refused") else logging.WARNING
             logger.log(level, "registration %s: %s", self._key, reason)
         self._reason = reason

@@ -39,16 +39,21 @@ class Throttle:
 
 
 class Grumbler:
-    """Says what goes wrong: each text at once, and then every ten seconds while it goes on."""
+    """Says what goes wrong: each cause at once, and then every ten seconds while it goes on.
 
-    def __init__(self, max_texts: int = 16) -> None:
-        self._max_texts = max_texts
+    The cause is the text as far as it quotes nothing: a subject that we may not use is another one
+    with each request.
+    """
+
+    def __init__(self, max_causes: int = 16) -> None:
+        self._max_causes = max_causes
         self._throttles: dict[str, Throttle] = {}
 
     def complain(self, text: str, now: float) -> None:
-        if text not in self._throttles and len(self._throttles) >= self._max_texts:
+        cause = text.partition('"')[0]
+        if cause not in self._throttles and len(self._throttles) >= self._max_causes:
             del self._throttles[next(iter(self._throttles))]
-        held = self._throttles.setdefault(text, Throttle()).due(now)
+        held = self._throttles.setdefault(cause, Throttle()).due(now)
         if held is not None:
             _log.warning("%s%s", text, f" ({held} more before)" if held else "")
 

@@ -93,6 +93,8 @@ class NatsBus:
         self._client: HardyClient | None = None
         self._wire: Wire | None = None
         self._keeper: asyncio.Task[None] | None = None
+        self._leaving: set[asyncio.Task[None]] = set()
+        """Held, because the loop does not promise to."""
         self._up = False
         self._closed = False
         self._still_s = _STILL_AFTER * config.connect_timeout_s + config.reconnect_wait_s
@@ -263,6 +265,8 @@ class NatsBus:
             if reconnecting is not None:
                 # On its own: it has to end even if we are cancelled here, or will wait no longer.
                 stopping = asyncio.create_task(_stop(reconnecting), name="bus-leave")
+                self._leaving.add(stopping)
+                stopping.add_done_callback(self._leaving.discard)
                 await asyncio.wait([stopping], timeout=self._config.close_timeout_s)
         finally:
             await self._close(client)

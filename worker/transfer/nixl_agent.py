@@ -113,6 +113,7 @@ class AgentThread:
         """Returns when the agent is there. Raises what `open_agent` raised."""
         self._thread.start()
         if not self._ready.wait(_OPEN_S):
+            self._stopping = True  # an agent that comes yet is wanted by nobody
             raise ConfigError(f"transfer nixl: no agent after {_OPEN_S:.0f} s")
         if self._open_error is not None:
             raise self._open_error

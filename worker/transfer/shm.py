@@ -144,8 +144,15 @@ class ShmTransfer:
                 self._perform(operation)
             now = time.monotonic()
             if now - swept_at >= _SWEEP_S:
-                self._maps.sweep(now)
                 swept_at = now
+                self._sweep(now)
+
+    def _sweep(self, now: float) -> None:
+        """Never raises: the thread has copies to make."""
+        try:
+            self._maps.sweep(now)
+        except Exception:
+            _logger.exception("dead sources' memory stays mapped for now")
 
     def _perform(self, operation: Operation) -> None:
         """Always ends the operation."""

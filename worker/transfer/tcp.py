@@ -1,11 +1,13 @@
 """The `tcp` transport: plain sockets, two-sided, authenticated with the lease's nonce.
 
 Ties the listening side (`tcp_server`) and the pulling side (`tcp_sink`) to a few reactor threads
-that serve both. An offer always carries an IP address and the port that was really bound.
+that serve both. An offer always carries an IP address and the port that was really bound. What a
+thread did that has died, the others do from then on; without any, `tcp` refuses what it is offered.
 """
 
 import errno
 import itertools
+import logging
 import socket
 from typing import Final
 
@@ -19,6 +21,8 @@ from worker.transfer.reactor import Reactor
 from worker.transfer.sink_pool import SinkPool
 from worker.transfer.tcp_server import ServerLimits, ServerStats, TcpListener
 from worker.transfer.tcp_sink import SinkConnection, connect
+
+_logger = logging.getLogger(__name__)
 
 _BACKLOG: Final = 256
 _STOP_S: Final = 2.0
@@ -80,6 +84,7 @@ class TcpTransfer:
         self._turns = itertools.cycle(pools)
         self._listener = TcpListener(sock, self._reactors, arena, leases, self._limits)
         for reactor in self._reactors:
+            reactor.at_end(self._on_thread_end)
             reactor.start()
         self._reactors[0].call(self._listener.begin)
 
@@ -89,7 +94,8 @@ class TcpTransfer:
         return self._offer
 
     def refuse(self, offer: Offer) -> str:
-        return _wrong_offer(offer)
+        has_ended = bool(self._reactors) and not self._living()
+        return _wrong_offer(offer) or ("tcp does not run any more" if has_ended else "")
 
     def pull(self, spec: PullSpec, on_end: OnEnd) -> Operation:
         return self._submit(spec, on_end, None)
@@ -109,7 +115,23 @@ class TcpTransfer:
     def _submit(self, spec: PullSpec, on_end: OnEnd, scratch_slot: int | None) -> Operation:
         if self._stopped or not self._reactors:
             raise LocalError("tcp is not running")
-        return next(self._turns).begin(spec, on_end, self._live, scratch_slot)
+        pool = next(self._turns)
+        for _ in self._reactors[1:]:
+            if pool.loop.is_stopping:
+                pool = next(self._turns)
+        return pool.begin(spec, on_end, self._live, scratch_slot)
+
+    def _living(self) -> list[Reactor]:
+        return [reactor for reactor in self._reactors if not reactor.is_stopping]
+
+    def _on_thread_end(self) -> None:
+        """In the thread that ends: unless we stop, it has died."""
+        listener, offer, living = self._listener, self._offer, self._living()
+        if self._stopped or listener is None or offer is None:
+            return
+        _logger.error("tcp goes on with %d of %d threads", len(living), len(self._reactors))
+        if living and listener.home.is_stopping:
+            listener.move(_listen(self._host, offer.port), living[0])
 
     def _pool(
         self, reactor: Reactor, arena: Arena, scratch: ScratchWords

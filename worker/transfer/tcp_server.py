@@ -71,7 +71,7 @@ class ServerLimits:
 
 
 class TcpListener:
-    """Accepts in the first reactor and deals connections out to all of them."""
+    """Accepts in one reactor, the first, and deals connections out to all that live."""
 
     def __init__(
         self,
@@ -87,13 +87,21 @@ class TcpListener:
         self.limits = limits
         self.arena = arena
         self.leases = leases
+        self.home = reactors[0]
         self._reactors = reactors
+        # Any reactor's thread may take one out, even while another dies: no step of ours minds.
         self._connections: dict[ServerConnection, None] = {}
         self._next = 0
 
     def begin(self) -> None:
-        """In the first reactor's thread."""
-        self._reactors[0].add(self, READ)
+        """In the home's thread."""
+        self.home.add(self, READ)
+
+    def move(self, sock: socket.socket, home: Reactor) -> None:
+        """The home has died, and with it the socket: listen on this one, there."""
+        self.sock, self.home = sock, home
+        if not home.call(self.begin):
+            sock.close()
 
     def ready(self) -> None:
         if len(self._connections) >= self.limits.max_connections:
@@ -112,43 +120,40 @@ class TcpListener:
         except OSError:
             sock.close()  # reset before we looked at it
             return
-        reactor = self._reactors[self._next % len(self._reactors)]
+        living = [r for r in self._reactors if not r.is_stopping] or [self.home]
+        reactor = living[self._next % len(living)]
         self._next += 1
         self.stats.count("connections")
         connection = ServerConnection(sock, reactor, self)
         self._connections[connection] = None
         if not reactor.call(lambda: reactor.add(connection, READ)):
+            self.forget(connection)
             sock.close()
 
     def closed(self, reason: str, *, peer_gone: bool) -> None:
         """Nothing to tell: the sockets that it accepted are channels of their own."""
 
     def forget(self, connection: "ServerConnection") -> None:
-        """From any reactor's thread, once for each connection."""
-        self._reactors[0].call(lambda: self._forget(connection))
-
-    def _forget(self, connection: "ServerConnection") -> None:
+        """From any reactor's thread."""
         self._connections.pop(connection, None)
 
     def _pause(self) -> None:
         """Whoever comes now waits in the kernel's backlog."""
-        reactor = self._reactors[0]
-        reactor.watch(self, 0)
-        reactor.later(_PAUSE_S, self._go_on)
+        self.home.watch(self, 0)
+        self.home.later(_PAUSE_S, self._go_on)
 
     def _go_on(self) -> None:
-        reactor = self._reactors[0]
         try:
-            reactor.watch(self, READ)
+            self.home.watch(self, READ)
         except OSError:
-            reactor.later(_PAUSE_S, self._go_on)
+            self.home.later(_PAUSE_S, self._go_on)
 
     def _evict(self) -> None:
         """Close the connection that has been idle longest, if one is idle."""
         before = time.monotonic() - _SETTLED_S
-        idle = [(c.idle_since or before, c) for c in self._connections]
-        since, connection = min(idle, key=lambda entry: entry[0])
-        if since < before:
+        idle = [(c.idle_since or before, c) for c in list(self._connections)]
+        since, connection = min(idle, key=lambda entry: entry[0], default=(before, None))
+        if connection is not None and since < before:
             connection.reactor.call(connection.evict)
 
 

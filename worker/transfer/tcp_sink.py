@@ -167,10 +167,10 @@ class SinkConnection:
 
     def _end(self, operation: Operation, reason: str, word: int | None) -> None:
         """The exchange is complete; the connection is clean and waits for the next."""
-        self._operation = None
-        self.deadline = time.monotonic() + _IDLE_S
         if operation.scratch_slot is not None and word is not None:
             self._pool.scratch.write(operation.scratch_slot, word)
+        self._operation = None  # not before: who raises there is closed, and the operation ended
+        self.deadline = time.monotonic() + _IDLE_S
         operation.end(not reason, reason, word=word)
         self._pool.finished(operation, self)
 

@@ -106,7 +106,8 @@ class UcxTransfer:
         return self._offer
 
     def refuse(self, offer: Offer) -> str:
-        return _wrong_offer(offer)
+        has_ended = self._loop is not None and self._loop.is_stopping
+        return _wrong_offer(offer) or ("ucx does not run any more" if has_ended else "")
 
     def pull(self, spec: PullSpec, on_end: OnEnd) -> Operation:
         return self._submit(spec, on_end, None)

@@ -132,8 +132,14 @@ class UcxListener:
     def _accept(self, request: int) -> None:
         try:
             stream = self.loop.library.accept(self._listener, request)
-            connection = UcxServerConnection(stream, self)
         except Broken:
+            return
+        try:
+            connection = UcxServerConnection(stream, self)
+        except Exception as error:
+            stream.close()  # nobody else knows it yet
+            if not isinstance(error, Broken):
+                raise
             return
         self.stats.count("connections")
         self._connections[connection] = None
@@ -155,8 +161,8 @@ class UcxListener:
             self.loop.close(connection, "evicted: room for others")
 
     def _drop_silent(self) -> None:
+        self.loop.later(_SILENT_S, self._drop_silent)  # first: without a descriptor left it raises
         self._silent = drop_silent(self.port, self._silent)
-        self.loop.later(_SILENT_S, self._drop_silent)
 
     def _end(self) -> None:
         while self._knocking:

@@ -50,6 +50,7 @@ class UcxSinkConnection:
         self.offer: Offer = offer
         self.stream = loop.library.connect(offer.host, offer.port)
         self.deadline: float | None = time.monotonic() + connect_timeout_s
+        self._connect_timeout_s = connect_timeout_s
         self._pool = pool
         self._loop = loop
         self._operation: Operation | None = None
@@ -57,11 +58,17 @@ class UcxSinkConnection:
         self._waits_for: Posted | None = None
         self._is_answered = False
         # Posted while nothing was asked, so that what an idle source says or does is seen.
-        self._reply = self.stream.receive(bytearray(REPLY_BYTES))
+        try:
+            self._reply = self.stream.receive(bytearray(REPLY_BYTES))
+        except BaseException:
+            self.stream.close()  # nobody else knows it yet
+            raise
         loop.add(self)
 
     def begin(self, operation: Operation) -> None:
         self._operation = operation
+        # On a pooled one the idle time may be over before the request has left.
+        self.deadline = max(self.deadline or 0.0, time.monotonic() + self._connect_timeout_s)
         self._is_answered = False
         operation.num_bytes_done = 0  # all of it once more, if it was begun on another connection
         self._script = self._exchange(operation)
@@ -136,14 +143,14 @@ class UcxSinkConnection:
 
     def _end(self, operation: Operation, reason: str, word: int | None) -> None:
         """The exchange is complete; the connection is clean and waits for the next."""
-        self._operation = None
-        self.deadline = time.monotonic() + _IDLE_S
         if operation.scratch_slot is not None and word is not None:
             self._pool.scratch.write(operation.scratch_slot, word)
+        self._operation = None  # not before: who raises there is closed, and the operation ended
+        self.deadline = time.monotonic() + _IDLE_S
         operation.end(not reason, reason, word=word)
         try:
             self._reply = self.stream.receive(bytearray(REPLY_BYTES))
-        except Broken:
+        except Exception:
             self._pool.lost(operation, self)
             raise
         self._pool.finished(operation, self)

@@ -22,10 +22,10 @@ def test_a_throttle_lets_one_through_and_counts_the_rest() -> None:
     ]
 
 
-def test_a_grumbler_says_each_text_at_once_and_forgets_when_all_is_well(
+def test_a_grumbler_says_each_cause_at_once_and_forgets_when_all_is_well(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    grumbler = Grumbler(max_texts=2)
+    grumbler = Grumbler(max_causes=2)
     for now, text in ((0.0, "a"), (1.0, "a"), (2.0, "b"), (3.0, "b"), (11.0, "a")):
         grumbler.complain(text, now)
     assert caplog.messages == ["a", "b", "a (1 more before)"]
@@ -35,6 +35,18 @@ def test_a_grumbler_says_each_text_at_once_and_forgets_when_all_is_well(
     grumbler.reset()
     grumbler.complain("a", 12.5)
     assert caplog.messages[5:] == ["a"]
+
+
+def test_what_is_refused_for_each_subject_anew_is_one_cause(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    grumbler = Grumbler()
+    for number in range(1001):
+        grumbler.complain(f'nats: permissions violation for publish to "in.{number}"', number / 100)
+    assert caplog.messages == [
+        'nats: permissions violation for publish to "in.0"',
+        'nats: permissions violation for publish to "in.1000" (999 more before)',
+    ]
 
 
 async def test_losses_of_one_turn_are_told_together(caplog: pytest.LogCaptureFixture) -> None:
