@@ -37,6 +37,7 @@ from router.inbox import Inbox
 from router.job_mail import JobMail
 from router.metrics import RouterMetrics
 from router.outcomes import client_error
+from router.pauses import Pauses
 from router.scheduling import commands as cmd
 from router.scheduling import events as ev
 from router.scheduling.limits import Limits
@@ -86,6 +87,7 @@ class Dispatch:
         self._timer_at = 0.0
         self._lost_timer: asyncio.TimerHandle | None = None
         self._tasks: asyncio.TaskGroup | None = None
+        self.pauses = Pauses(clock, self._handle)
         self.beats = Beats(bus, subjects, router_id)
         self._jobs = JobMail(bus, subjects, router_id, metrics.bus_lost)
         self.inbox = Inbox(
@@ -114,6 +116,7 @@ class Dispatch:
     def leave(self) -> None:
         """Tell the workers that this router is gone, so that they stop its jobs at once."""
         self._tasks = None
+        self.pauses.stop()
         for timer in (self._timer, self._lost_timer):
             if timer is not None:
                 timer.cancel()
@@ -212,6 +215,8 @@ class Dispatch:
     def _handle(self, event: ev.Event) -> None:
         """A defect met by one event or command is logged, and the others get their turn."""
         now = self._clock()
+        if now > self.pauses.late_at:
+            self.pauses.over(now)
         try:
             commands = self.scheduler.handle(event, now)
         except Exception:  # noqa: BLE001
@@ -341,7 +346,7 @@ class Dispatch:
             self.stories.noted(note.choice, note.kind, note.cause, note.worker)
         if note.kind == "removed":
             self.inbox.forget_unknown()
-        if note.kind != "late":
+        if note.kind not in ("late", "paused"):
             level = logging.WARNING if note.kind in LOSSES else logging.INFO
             about = "".join(
                 f" {name}={value}"

@@ -179,7 +179,7 @@ class _Server:
             state=self._state,
             is_accepting=self._tell_ready,
         )
-        self._lag = LoopLag(metrics.loop_lag.observe)
+        self._lag = LoopLag(self._looked)
         self._ready_asked_at = float("-inf")
         self._is_ready = True
         """What a balancer is told. Not false where a successor serves on the same port."""
@@ -301,6 +301,11 @@ class _Server:
             raise ConfigError(f"tls_cert: {error}") from None
         return context
 
+    def _looked(self, late_s: float) -> None:
+        """The loop has just shown that it runs."""
+        self._metrics.loop_lag.observe(late_s)
+        self._dispatch.pauses.awake()
+
     def _on_bus_event(self, event: BusEvent) -> None:
         if event.kind != "lost":
             self._metrics.bus_up.set(1 if event.kind == "up" else 0)
@@ -375,7 +380,6 @@ class _Server:
     async def close(self) -> None:
         """Whoever is still waiting is told so, then the workers are."""
         self._http.accepting = self._is_ready = False
-        self._lag.stop()
         if len(self._running):
             _log.warning("leaving, aborting requests=%d", len(self._running))
         text = "the router is shutting down"
@@ -383,4 +387,5 @@ class _Server:
         if self._family is not None:
             self._family.leave()
         await self._runner.cleanup()
+        self._lag.stop()
         self._dispatch.leave()

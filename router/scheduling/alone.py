@@ -51,6 +51,7 @@ class Suspects:
             if suspect.state == "queued"
             and suspect.spec.model == name
             and (worker.claim_is_due or not worker.reservations)
+            and not worker.refused
         ]
 
     def _claimed(self) -> list[tuple[Choice, Worker]]:
@@ -132,7 +133,8 @@ def _quietest(choice: Choice, model: Model, tokens: int) -> Worker | None:
         for group in model.groups.values()
         if digest in ("", group.digest)
         for seat in group.decode.order
-        if not seat.worker.claim and tokens < seat.worker.info.capacity.max_context
+        if not (seat.worker.claim or seat.worker.refused)
+        and tokens < seat.worker.info.capacity.max_context
     ]
     excluded = choice.tries.excluded
     return min(

@@ -70,6 +70,7 @@ class AttemptEvents:
         if attempt.phase == "sent":
             attempt.phase = "accepted"
             attempt.trace.accepted_at = t.now
+            attempt.choice.tries.refusals = 0
             attempt.choice.tell(t.now, "accepted", worker.id)
         self._rearm(attempt)
 
@@ -180,7 +181,11 @@ class AttemptEvents:
         worker.refused = True
         t.update_seats(worker)
         t.arm_bus(worker.refused_timer, REFUSED_S)
-        self._mover.move(attempt, "refused", exclude=False, free=True, done=True)
+        if attempt.phase == "sent":
+            attempt.choice.tries.refusals += 1
+        # One that takes a job and refuses it then has failed.
+        free = attempt.phase == "sent"
+        self._mover.move(attempt, "refused", exclude=not free, free=free, done=True)
 
     def on_attempt_failed(self, event: AttemptFailed) -> None:
         t = self._t

@@ -1,7 +1,8 @@
 """How often a choice may be tried again, and how much the fleet may be.
 
 Attempts are charged per choice and forgiven by progress; what is nobody's fault (a refusal, a lost
-message) is free until it repeats too often. Retries of all choices together are a share of what was
+message) is free until it repeats too often. Workers that refuse it one after the other cost it
+nothing but its time to wait. Retries of all choices together are a share of what was
 admitted, plus a floor: a struggling fleet is not killed by its own second chances. Not counted are
 those after the loss of a worker or of a message, and after a pull that failed: there are never more
 than it had or lent, and a full batch must not wait for a window to pass.
@@ -12,6 +13,8 @@ from typing import Final
 
 from router.scheduling.limits import Limits
 
+REFUSALS: Final = 4
+"""So many workers in a row may refuse a choice before it pauses between them."""
 FREE_SHARE: Final = 4
 """Free moves per charged attempt that a choice has before they are charged too."""
 LOOKS: Final = 3
@@ -28,7 +31,7 @@ class Tries:
 
     __slots__ = (
         "acquitted", "away", "begun_at", "charged", "deaths", "excluded", "free", "killer", "local",
-        "looks", "lost_pulls", "mark", "tokens_under_deaths",
+        "looks", "lost_pulls", "mark", "refusals", "tokens_under_deaths", "wait_until",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -52,6 +55,10 @@ class Tries:
         """Those of them that did no more than fall silent."""
         self.looks = 0
         """How often it stood aside since the last of them did."""
+        self.refusals = 0
+        """Workers that refused it since one took it."""
+        self.wait_until: float | None = None
+        """The deadline of the wait that its last start ended; a refusal goes on with it."""
         self.lost_pulls = 0
         self.local = False
         """Its KV comes over no wire any more: it is prefilled where it decodes."""

@@ -104,6 +104,7 @@ class Note(Struct, frozen=True, gc=False):
         "gone",
         "removed",
         "late",
+        "paused",
     ]
     cause: Cause
     worker: str = ""

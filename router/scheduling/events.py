@@ -139,6 +139,14 @@ class BusDown(Struct, frozen=True, gc=False):
     """Our own bus is away: silence means nothing until it is back."""
 
 
+class Paused(Struct, frozen=True, gc=False):
+    """Our own loop stood still: what was said meanwhile is still to be read, so that silence means
+    nothing."""
+
+    seconds: float
+    """At most what has passed since the event before."""
+
+
 class Ticked(Struct, frozen=True, gc=False):
     """`next_deadline()` has passed."""
 
@@ -163,5 +171,6 @@ Event = (
     | KvSnapshotArrived
     | BusUp
     | BusDown
+    | Paused
     | Ticked
 )

@@ -4,7 +4,8 @@
 ago), live, not draining, not stuck, not suspected: new work may go there. A `Worker` is one
 incarnation; its successor under the same name is another one.
 
-Ledger. Each attempt charges one `Reservation` to one worker, and a lent handle keeps the prefill's.
+Ledger. Each attempt charges one `Reservation` to one worker, a lent handle keeps the prefill's, and
+room that is kept for a choice (`room.py`) is one, too.
 A worker's load is the sum of its live reservations and nothing else (`validate`). This file sends
 nothing and starts no timers.
 """
@@ -27,7 +28,7 @@ from router.scheduling.prefix_index import PrefixIndex
 if TYPE_CHECKING:
     from router.scheduling.lifecycle import Attempt, Lent
 
-ReservationKind = Literal["prefill", "lent", "decode", "local"]
+ReservationKind = Literal["prefill", "lent", "decode", "local", "kept"]
 
 KNOWN_S: Final = 300.0
 """A model that nobody serves any more is remembered so long: 503, not 404."""
@@ -38,7 +39,7 @@ _MAX_PAST: Final = 8
 
 
 class Reservation:
-    """Capacity charged to one worker for one attempt."""
+    """Capacity charged to one worker for one attempt, or kept for one to come."""
 
     __slots__ = ("attempt", "blocks", "kind", "tokens", "worker")
 
@@ -62,7 +63,7 @@ class Worker:
         "info", "leaving", "listed", "live", "past", "prefills", "reask", "refused",
         "refused_timer", "renew", "report", "reservations", "running", "seats", "silence", "slot",
         "snapshot_asked", "steps_at", "stray", "stuck", "suspect_level", "suspect_timer",
-        "suspected", "suspected_at", "tokens", "unreachable_at",
+        "suspected", "suspected_at", "tokens", "unreachable_at", "was_silent",
     )  # fmt: skip
 
     def __init__(self, info: WorkerInfo, group: Group, slot: int) -> None:
@@ -79,6 +80,8 @@ class Worker:
         self.dead = False
         """Replaced or removed: nothing is sent to it any more."""
         self.suspected = False
+        self.was_silent = False
+        """It is suspected for its silence alone."""
         self.stuck = False
         self.refused = False
         self.draining = info.draining
@@ -150,7 +153,7 @@ class WorkerView:
     report: LoadReport | None
     num_reservations: int
     running: int
-    """Decode and local reservations."""
+    """Decode and local reservations, and what is kept for such."""
     prefills: int
     tokens: int
     """Tokens we still wait for it to compute."""
@@ -354,7 +357,7 @@ def _validate_load(worker: Worker) -> None:
         sum(r.tokens for r in held),
         sum(r.blocks for r in held),
         kinds.count("prefill"),
-        kinds.count("decode") + kinds.count("local"),
+        len(kinds) - kinds.count("prefill") - kinds.count("lent"),
     )
     if counted != (worker.tokens, worker.blocks, worker.prefills, worker.running):
         raise LocalError(f"load of {worker.id} is not the sum of its reservations")

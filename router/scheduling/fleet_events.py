@@ -5,6 +5,7 @@ under the same name, believed after a silence or two unreachable jobs; in each c
 attempts move at once and a handle of the dead is not waited for.
 """
 
+from math import isfinite
 from typing import Final
 
 from protocol.events import LoadReport
@@ -13,6 +14,7 @@ from router.scheduling.commands import AskKvSnapshot, AskReplay, Note, RenewHand
 from router.scheduling.events import (
     KvChanged,
     KvSnapshotArrived,
+    Paused,
     WorkerLeaving,
     WorkerListed,
     WorkerReported,
@@ -149,6 +151,8 @@ class FleetEvents:
         worker.unreachable_at = None
         t.arm_bus(worker.silence, t.limits.silence_timeout_s)
         self._take_load(worker, report)
+        if worker.was_silent and not self._can_wait(worker):
+            self._believe_again(worker)
         self._refresh(worker)
         if t.fleet.index.heard_last(worker.slot, report.last_kv_event) or (
             t.fleet.index.is_waiting(worker.slot)
@@ -156,6 +160,16 @@ class FleetEvents:
         ):
             self._ask_snapshot(worker)
         self._remove_if_expired(worker)
+
+    def _can_wait(self, worker: Worker) -> bool:
+        """Others can do whatever it is there for."""
+        return all(pool.order for pool in worker.group.pools(worker.info.role))
+
+    def _believe_again(self, worker: Worker) -> None:
+        """Somebody who is heard is better than nobody: this silence is not held against it."""
+        self._t.bus_deadlines.disarm(worker.suspect_timer)
+        worker.suspected = worker.was_silent = False
+        worker.suspect_level = max(0, worker.suspect_level - 1)
 
     def _take_load(self, worker: Worker, report: LoadReport) -> None:
         t = self._t
@@ -214,13 +228,14 @@ class FleetEvents:
         self._refresh(worker)
         t.out.append(Note("silent", cause, worker.id))
         if worker.listed:
+            worker.was_silent = cause == "silent" and (worker.was_silent or not worker.suspected)
             t.suspect(worker, cause)
             self._evacuate(worker, cause, died=True)
         else:
             self._remove(worker, cause, died=True)
 
     def on_suspect_due(self, worker: Worker) -> None:
-        worker.suspected = False
+        worker.suspected = worker.was_silent = False
         self._refresh(worker)
 
     def on_refused_due(self, worker: Worker) -> None:
@@ -328,6 +343,27 @@ class FleetEvents:
             t.out.append(Note("replay", "bus_up"))
         t.fleet.hope_again(t.bus_now)
         t.dirty.update(t.fleet.models)
+
+    # -- our own loop
+
+    def on_paused(self, event: Paused, bus_was: float) -> None:
+        """Time in which we did not run is nobody's silence, as time without a bus is not. The bus's
+        clock goes back, but not behind `bus_was`, which others may have seen."""
+        t = self._t
+        if t.frozen_at is not None or not isfinite(event.seconds):
+            return
+        seconds = min(event.seconds, t.bus_now - bus_was)
+        if seconds <= 0.0:
+            return
+        for attempt in t.attempts.values():
+            if attempt.phase == "decoding":  # the driver's time of it is not shifted
+                attempt.sign = max(attempt.sign, t.view.last_heard(attempt.id) - t.outage_s)
+        t.outage_s += seconds
+        t.set_time(t.now)
+        for worker in t.fleet.workers.values():
+            if worker.handles:  # their leases have gone on
+                self.on_renew_due(worker)
+        t.out.append(Note("paused", "loop"))
 
     # -- what is cached where
 

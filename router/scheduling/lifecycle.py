@@ -171,8 +171,9 @@ class Choice:
     """What one client waits for."""
 
     __slots__ = (
-        "backoff", "decode", "group", "hashes", "id", "legs", "lent", "pending_blocks", "prefill",
-        "request_timer", "retrying", "spec", "state", "story", "timer", "tries",
+        "backoff", "decode", "group", "hashes", "id", "legs", "lent", "pending_blocks",
+        "pending_context", "prefill", "request_timer", "retrying", "spec", "state", "story",
+        "timer", "tries",
     )  # fmt: skip
 
     def __init__(self, spec: Submitted, now: float) -> None:
@@ -191,6 +192,8 @@ class Choice:
         self.group: Group | None = None
         """Whose decode places it waits for: from the prefill's start to the pull's."""
         self.pending_blocks = 0
+        self.pending_context = 0
+        """That of the smallest worker that could take it, when it was prefilled."""
         self.retrying = False
         """Its next start is a second one: it comes out of the budget, ahead of new work."""
         self.tries = Tries()

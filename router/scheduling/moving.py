@@ -10,7 +10,7 @@ from typing import Final
 
 from protocol.errors import Outcome
 from router.scheduling.alone import Suspects
-from router.scheduling.attempts import LOOKS
+from router.scheduling.attempts import LOOKS, REFUSALS
 from router.scheduling.commands import EndChoice, EndLeg, Note
 from router.scheduling.deadlines import Timer
 from router.scheduling.fleet import Worker
@@ -60,6 +60,8 @@ class Mover:
         if choice.decode is not None:
             t.close(choice.decode, done=False)
         t.release(choice)
+        if t.give_up_room(choice):
+            t.dirty.add(choice.spec.model)
         t.forget_place(choice)
         t.admission.discard(choice)
         if choice.backoff is not None:
@@ -141,7 +143,8 @@ class Mover:
         """Charge the choice; it ends here if that was the last time."""
         t = self._t
         tries = choice.tries
-        tries.charge(t.limits, free=free)
+        if not (free and cause == "refused"):  # that is bounded by its wait
+            tries.charge(t.limits, free=free)
         if tries.killer:
             self.end(choice, "failed", "worker_killer", leg=leg, message=_KILLER)
             self._suspects.convict(choice)
@@ -171,15 +174,24 @@ class Mover:
         group = lent.reservation.worker.group
         choice.move("rewait", t.now, cause)
         t.expect_place(choice, group, lent.decode_blocks)
-        self.wait_for_place(choice)
+        self.wait_for_place(choice, cause)
         t.budget.retried(t.now)
         t.out.append(Note("retry", cause, worker, choice.id))
 
-    def wait_for_place(self, choice: Choice) -> None:
+    def wait_for_place(self, choice: Choice, cause: str = "") -> None:
         """It holds a handle and stands in `decode_wait`: first come, first served."""
         t = self._t
         t.wait(choice)
-        t.deadlines.arm(choice.timer, t.now + t.limits.decode_wait_timeout_s)
+        self._arm_wait(choice, cause, t.limits.decode_wait_timeout_s)
+
+    def _arm_wait(self, choice: Choice, cause: str, timeout_s: float) -> None:
+        """Whom a worker refused goes on with the wait that it had, and pauses if many did."""
+        t = self._t
+        tries = choice.tries
+        until = tries.wait_until if cause == "refused" else None
+        t.deadlines.arm(choice.timer, t.now + timeout_s if until is None else until)
+        if cause == "refused" and tries.refusals >= REFUSALS:
+            self._pause(choice, _PAUSE_S * 2 ** min(tries.refusals - REFUSALS, REFUSALS))
 
     def requeue(
         self, choice: Choice, cause: str, *, worker: str, leg: EndLeg, resumable: bool = True
@@ -196,7 +208,7 @@ class Mover:
         choice.move("requeue", t.now, cause)
         choice.retrying = True
         t.admission.add(choice, t.bus_now)
-        t.deadlines.arm(choice.timer, t.now + t.limits.queue_timeout_s)
+        self._arm_wait(choice, cause, t.limits.queue_timeout_s)
         t.dirty.add(choice.spec.model)
         t.out.append(Note("resume" if resumes else "retry", cause, worker, choice.id))
 
@@ -226,6 +238,8 @@ class Mover:
     def unpark(self, choice: Choice) -> None:
         """The pause is over."""
         t = self._t
+        if choice.backoff is not None:
+            t.deadlines.disarm(choice.backoff)
         del t.admission.parked[choice.id]
         t.dirty.add(choice.spec.model)
         if choice.state == "decode_wait" and choice.tries.local:

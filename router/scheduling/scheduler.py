@@ -26,6 +26,7 @@ from router.scheduling.events import (
     GapSeen,
     KvChanged,
     KvSnapshotArrived,
+    Paused,
     Prefilled,
     Progressed,
     Refused,
@@ -59,6 +60,8 @@ class Scheduler:
         suspects = Suspects(t)
         self._mover = Mover(t, suspects)
         self._placer = Placer(t, self._mover, suspects)
+        self._bus_was = t.bus_now
+        """When the event before this one was handled."""
         self._listen(AttemptEvents(t, self._mover), FleetEvents(t, self._mover), suspects)
 
     def _listen(self, attempts: AttemptEvents, fleet: FleetEvents, suspects: Suspects) -> None:
@@ -83,6 +86,7 @@ class Scheduler:
             KvSnapshotArrived: fleet.on_kv_snapshot,
             BusUp: lambda _event: fleet.on_bus_up(),
             BusDown: lambda _event: fleet.on_bus_down(),
+            Paused: lambda event: fleet.on_paused(event, self._bus_was),
             Ticked: lambda _event: self._on_ticked(),
         }
         self._on_due: dict[str, Callable[[Any], None]] = {
@@ -107,6 +111,7 @@ class Scheduler:
         Raises LocalError if our own side broke a rule (a choice submitted twice, an illegal move);
         what workers, discovery and the bus say never raises."""
         t = self._t
+        self._bus_was = t.bus_now
         t.set_time(now)
         out = t.out = []
         self._handlers[type(event)](event)

@@ -91,6 +91,8 @@ class Tables:
         self.choices: dict[str, Choice] = {}
         self.attempts: dict[int, Attempt] = {}
         self.siblings = Siblings()
+        self.kept: dict[str, Reservation] = {}
+        """Choice -> the room that a decode worker keeps for it."""
         self.claims: dict[str, Worker] = {}
         """Workers that a choice wants, or has, for itself."""
         self.dirty: set[str] = set()
@@ -99,6 +101,7 @@ class Tables:
         self.num_waiters = 0
         """Choices that stand in the `waiters` of any group."""
         self._next_attempt = first_attempt
+        self._last_kept = -first_attempt
         self._ended: OrderedDict[str, Past] = OrderedDict()
 
     def set_time(self, now: float) -> None:
@@ -225,8 +228,9 @@ class Tables:
         """Admitted to prefill: it counts against the group's decode places."""
         choice.group = group
         choice.pending_blocks = blocks
-        group.num_pending += 1
-        group.pending_blocks += blocks
+        tokens = choice.spec.num_prompt_tokens + self.view.num_output(choice.id)
+        choice.pending_context = group.context_for(tokens)
+        self._count_pending(choice, 1)
 
     def wait(self, choice: Choice) -> None:
         """It wants a decode worker of its group as soon as there is a place."""
@@ -248,11 +252,34 @@ class Tables:
         if group is None:
             return
         self.stop_waiting(choice)
+        self.give_up_room(choice)
+        self._count_pending(choice, -1)
         choice.group = None
-        group.num_pending -= 1
-        group.pending_blocks -= choice.pending_blocks
         self.fleet.drop_if_empty(group)
         self.dirty.add(group.model)
+
+    def _count_pending(self, choice: Choice, sign: int) -> None:
+        """It waits for a decode place that nobody keeps for it."""
+        group = choice.group
+        if group is not None and choice.id not in self.kept:
+            group.count_pending(choice.pending_context, sign, sign * choice.pending_blocks)
+
+    def keep_room(self, choice: Choice, worker: Worker, blocks: int) -> None:
+        """What becomes free at the worker is the choice's, until it has so much."""
+        self._count_pending(choice, -1)
+        self._last_kept -= 1  # no attempt has a number below zero
+        blocks = min(blocks, worker.info.capacity.num_blocks)
+        kept = self.kept[choice.id] = Reservation(self._last_kept, worker, "kept", 0, blocks)
+        self.fleet.charge(kept)
+
+    def give_up_room(self, choice: Choice) -> bool:
+        """It takes the room now, or does not want it any more. Whether any was kept."""
+        kept = self.kept.pop(choice.id, None)
+        if kept is None:
+            return False
+        self.fleet.free(kept)
+        self._count_pending(choice, 1)
+        return True
 
     # -- a worker for one choice alone
 
@@ -305,6 +332,7 @@ class Tables:
         reservations = {id(a.reservation) for a in self.attempts.values()} | {
             id(c.lent.reservation) for c in self.choices.values() if c.lent is not None
         }
+        reservations |= {id(kept) for kept in self.kept.values()}
         attempts: dict[int, Attempt] = {}
         for worker in self.fleet.workers.values():
             attempts |= worker.attempts
@@ -327,11 +355,19 @@ class Tables:
                 pending = [c for c in self.choices.values() if c.group is group]
                 waiting = {c.id for c in pending if c.state == "decode_wait"}
                 waiting -= self.admission.parked.keys()
-                counted = (len(pending), sum(c.pending_blocks for c in pending), waiting)
-                if counted != (group.num_pending, group.pending_blocks, set(group.waiters)):
+                counted: dict[int, tuple[int, int]] = {}
+                for choice in [c for c in pending if c.id not in self.kept]:
+                    num, blocks = counted.get(choice.pending_context, (0, 0))
+                    counted[choice.pending_context] = (num + 1, blocks + choice.pending_blocks)
+                total = sum(num for num, _ in counted.values())
+                books = (group.pending, group.num_pending, set(group.waiters))
+                if (counted, total, waiting) != books:
                     raise LocalError(f"{group.model}: waiting for decode does not add up")
-        for choice, worker in self.claims.items():
-            if choice not in self.choices or worker.claim != choice:
+        for number in self.kept:
+            if self.choices[number].decode is not None:
+                raise LocalError(f"room is kept for {number}, which has some")
+        for number, worker in self.claims.items():
+            if number not in self.choices or worker.claim != number:
                 raise LocalError(f"{worker.id} is claimed by nobody")
 
 

@@ -106,6 +106,23 @@ def test_nats_is_frozen_for_five_seconds(faulty: Fleet) -> None:
     assert faulty.metric("baton_events_total", kind="resume") == before, "replay is enough"
 
 
+def test_the_router_is_frozen_for_four_seconds(faulty: Fleet) -> None:
+    """It must not take what it has not read yet for silence."""
+    lost = ("silent", "suspected", "resume", "retry")
+    before = [faulty.metric("baton_events_total", kind=kind) for kind in lost]
+    pauses = faulty.metric("baton_events_total", kind="paused")
+    running = start_streams(faulty, asks(8, 300, kind="router frozen"))
+    until_flowing(running)
+    with faulty.frozen("router"):
+        thaw_at = time.monotonic() + 4.0
+        wait_until(faulty, thaw_at)
+    during = start_streams(faulty, asks(8, 20, kind="after"))
+    check_exact(during)
+    check_exact(running)
+    assert [faulty.metric("baton_events_total", kind=kind) for kind in lost] == before
+    assert faulty.metric("baton_events_total", kind="paused") == pauses + 1
+
+
 def test_etcd_is_killed_for_thirty_seconds(faulty: Fleet) -> None:
     running = start_streams(faulty, asks(8, 150, kind="etcd killed"))
     until_flowing(running)

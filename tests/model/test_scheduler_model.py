@@ -15,6 +15,7 @@ from protocol.blocks import HASH_BYTES, pack_ids
 from protocol.events import KvStored, LoadReport
 from protocol.out import FailureCode
 from router.scheduling import events as ev
+from router.scheduling.deadlines import SLACK_S
 from router.scheduling.limits import Limits
 from tests.model.scheduler_world import ROLES, World
 
@@ -129,6 +130,16 @@ class SchedulerModel(RuleBasedStateMachine):
     def bus(self, up: bool) -> None:
         self.world.bus_up = up
         self.world.feed(ev.BusUp() if up else ev.BusDown())
+
+    @rule(seconds=st.sampled_from([0.7, 4.0, 40.0]), share=st.sampled_from([0.8, 1.0, 2.0]))
+    def stand_still(self, seconds: float, share: float) -> None:
+        """Our own loop; what it claims may be too much."""
+        tables = self.world.scheduler._t
+        before, last = tables.bus_now, tables.now
+        self.world.now += seconds
+        self.world.feed(ev.Paused(seconds * share))
+        passed = 0.0 if tables.frozen_at is not None else self.world.now - last - seconds * share
+        assert -SLACK_S <= tables.bus_now - before <= max(0.0, passed) + SLACK_S
 
     @rule(worker=workers)
     def gap(self, worker: int) -> None:

@@ -39,7 +39,9 @@ Shape = Any
 
 SKIPPED: Final[dict[str, frozenset[str]]] = {
     # Supplies of fresh names.
-    "Tables": frozenset({"_next_attempt", "out", "_ended", "budget", "now", "bus_now"}),
+    "Tables": frozenset({
+        "_next_attempt", "_last_kept", "out", "_ended", "budget", "now", "bus_now",
+    }),
     "Puller": frozenset({"_next_id", "counts", "_block_bytes", "_why"}),
     "Thread": frozenset({
         "_nonce", "_serials", "_stats", "_load", "_wake", "_reasons", "_config", "_runner",
@@ -87,7 +89,7 @@ SKIPPED: Final[dict[str, frozenset[str]]] = {
     "Fleet": frozenset({"index", "by_slot"}),
     "Model": frozenset({"known_until", "hope_until"}),
     "Pool": frozenset({"buckets", "occupied", "members"}),
-    "Scheduler": frozenset({"_handlers", "_on_due", "_mover", "_placer"}),
+    "Scheduler": frozenset({"_handlers", "_on_due", "_mover", "_placer", "_bus_was"}),
     "Record": frozenset({"progressed_at"}),
     "Prefilled": frozenset({"queue_s", "prefill_s"}),
     "Decoding": frozenset({"transfer_s"}),

@@ -213,19 +213,62 @@ def test_a_refusal_excludes_nobody_but_gives_the_worker_a_rest() -> None:
     assert bench.pass_time(0.1) == [cmd.StartDecode(2, "c/0", "a", "a-1", None)]
 
 
-def test_refusals_are_bounded_too() -> None:
-    bench = Bench(Limits(retry_floor=100))
+def refused_for_ever(bench: Bench, out: list[cmd.Command]) -> list[float]:
+    """Until the client is told: when each of the workers was asked."""
+    asked: list[float] = []
+    while not ends(out):
+        starts = [c for c in out if isinstance(c, cmd.StartDecode)]
+        asked += [bench.now] * len(starts)
+        out = [o for start in starts for o in bench.feed(ev.Refused(start.attempt, "full"))]
+        out = out or bench.pass_time(0.1)
+    assert len(ends(out)) == 1
+    asked.append(bench.now)
+    return asked
+
+
+def test_whom_all_refuse_waits_as_long_as_in_the_queue_and_asks_at_a_bounded_pace() -> None:
+    bench = Bench(Limits(queue_timeout_s=30.0))
+    bench.list_workers(*(info(f"w{n}") for n in range(30)))
+    asked = refused_for_ever(bench, bench.feed(submitted()))
+    assert 29.9 < asked[-1] - asked[0] < 30.5
+    assert 10 < len(asked) < 50
+    assert bench.scheduler.past("c/0").story[-1][1:] == ("end", "queue_timeout")
+
+
+def test_a_handle_that_all_refuse_to_pull_waits_no_longer_than_one_that_finds_no_place() -> None:
+    bench = Bench(Limits(decode_wait_timeout_s=12.0))
+    bench.pd(2)
+    pull = bench.to_transfer()[1]
+    asked = refused_for_ever(bench, [pull])
+    assert 11.9 < asked[-1] - asked[0] < 12.5
+    assert bench.scheduler.past("c/0").story[-1][1:] == ("end", "decode_wait_timeout")
+
+
+def test_whom_all_have_refused_for_a_while_is_taken_by_the_first_that_does() -> None:
+    bench = Bench()
     bench.list_workers(info("a"))
     out = bench.feed(submitted())
-    dispatches = 0
-    while not ends(out):
-        out = [c for c in out if isinstance(c, cmd.StartDecode)] or bench.pass_time(0.3)
-        for start in out:
-            if isinstance(start, cmd.StartDecode):
-                dispatches += 1
-                out = bench.feed(ev.Refused(start.attempt, "full"))
-    assert ends(out) == [("failed", "prefill", "attempts_exhausted")]
-    assert dispatches == 20
+    for number in range(8):
+        start = only(out, cmd.StartDecode)
+        tries = bench.scheduler._t.choices["c/0"].tries
+        assert (tries.charged, tries.refusals) == (0, number)
+        bench.feed(ev.Refused(start.attempt, "full"))
+        out = []
+        while not any(isinstance(c, cmd.StartDecode) for c in out):
+            out = bench.pass_time(0.1)
+    bench.feed(ev.Accepted(only(out, cmd.StartDecode).attempt))
+    assert tries.refusals == 0
+
+
+def test_who_takes_a_job_and_refuses_it_then_has_failed() -> None:
+    bench = Bench()
+    bench.list_workers(info("a"), info("b"))
+    start = only(bench.feed(submitted()), cmd.StartDecode)
+    bench.feed(ev.Accepted(start.attempt))
+    again = only(bench.feed(ev.Refused(start.attempt, "full")), cmd.StartDecode)
+    assert again.worker != start.worker
+    tries = bench.scheduler._t.choices["c/0"].tries
+    assert (tries.charged, tries.excluded) == (1, {start.incarnation})
 
 
 def test_when_all_have_failed_it_waits_and_tries_them_again_until_the_attempts_are_used() -> None:
