@@ -70,7 +70,7 @@ class AttemptEvents:
         if attempt.phase == "sent":
             attempt.phase = "accepted"
             attempt.trace.accepted_at = t.now
-            attempt.choice.tries.refusals = 0
+            attempt.choice.tries.taken()
             attempt.choice.tell(t.now, "accepted", worker.id)
         self._rearm(attempt)
 
@@ -147,6 +147,7 @@ class AttemptEvents:
             return
         started = attempt.phase != "decoding"
         if started:
+            attempt.choice.tries.taken()
             attempt.phase = "decoding"
             attempt.trace.decoding_at = t.now
         self._sign(attempt)

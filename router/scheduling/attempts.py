@@ -86,6 +86,11 @@ class Tries:
             self.away.discard(incarnation)
             self.excluded.discard(incarnation)
 
+    def taken(self) -> None:
+        """A worker took the job: its wait is over."""
+        self.refusals = 0
+        self.wait_until = None
+
     def forgive(self) -> None:
         """It may go to everybody again."""
         self.excluded.clear()

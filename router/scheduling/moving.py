@@ -60,9 +60,9 @@ class Mover:
         if choice.decode is not None:
             t.close(choice.decode, done=False)
         t.release(choice)
-        if t.give_up_room(choice):
-            t.dirty.add(choice.spec.model)
         t.forget_place(choice)
+        if choice.state == "queued":
+            t.dirty.add(choice.spec.model)  # others may have stood behind it
         t.admission.discard(choice)
         if choice.backoff is not None:
             t.deadlines.disarm(choice.backoff)
@@ -105,8 +105,11 @@ class Mover:
         rewait = keep_handle and attempt.kind == "pull" and self._good_handle(choice)
         resumable = _resumes(attempt.worker)
         t.close(attempt, done=done)
-        if not self._may_go_on(choice, cause, leg, free=free):
-            return
+        waits_on = cause == "refused" and free and (rewait or attempt.kind != "pull")
+        if not waits_on:
+            tries.wait_until = None
+            if not self._may_go_on(choice, cause, leg, free=free):
+                return
         if died or blame_handle or (free and cause != "refused"):
             t.budget.excused(t.now)
         if rewait and not tries.alone:
@@ -143,8 +146,7 @@ class Mover:
         """Charge the choice; it ends here if that was the last time."""
         t = self._t
         tries = choice.tries
-        if not (free and cause == "refused"):  # that is bounded by its wait
-            tries.charge(t.limits, free=free)
+        tries.charge(t.limits, free=free)
         if tries.killer:
             self.end(choice, "failed", "worker_killer", leg=leg, message=_KILLER)
             self._suspects.convict(choice)
@@ -174,23 +176,23 @@ class Mover:
         group = lent.reservation.worker.group
         choice.move("rewait", t.now, cause)
         t.expect_place(choice, group, lent.decode_blocks)
-        self.wait_for_place(choice, cause)
+        self.wait_for_place(choice)
         t.budget.retried(t.now)
         t.out.append(Note("retry", cause, worker, choice.id))
 
-    def wait_for_place(self, choice: Choice, cause: str = "") -> None:
+    def wait_for_place(self, choice: Choice) -> None:
         """It holds a handle and stands in `decode_wait`: first come, first served."""
         t = self._t
         t.wait(choice)
-        self._arm_wait(choice, cause, t.limits.decode_wait_timeout_s)
+        self._arm_wait(choice, t.limits.decode_wait_timeout_s)
 
-    def _arm_wait(self, choice: Choice, cause: str, timeout_s: float) -> None:
+    def _arm_wait(self, choice: Choice, timeout_s: float) -> None:
         """Whom a worker refused goes on with the wait that it had, and pauses if many did."""
         t = self._t
         tries = choice.tries
-        until = tries.wait_until if cause == "refused" else None
+        until, tries.wait_until = tries.wait_until, None
         t.deadlines.arm(choice.timer, t.now + timeout_s if until is None else until)
-        if cause == "refused" and tries.refusals >= REFUSALS:
+        if until is not None and tries.refusals >= REFUSALS:
             self._pause(choice, _PAUSE_S * 2 ** min(tries.refusals - REFUSALS, REFUSALS))
 
     def requeue(
@@ -208,7 +210,7 @@ class Mover:
         choice.move("requeue", t.now, cause)
         choice.retrying = True
         t.admission.add(choice, t.bus_now)
-        self._arm_wait(choice, cause, t.limits.queue_timeout_s)
+        self._arm_wait(choice, t.limits.queue_timeout_s)
         t.dirty.add(choice.spec.model)
         t.out.append(Note("resume" if resumes else "retry", cause, worker, choice.id))
 

@@ -140,12 +140,12 @@ def could_take(pool: Pool, tokens: int, excluded: Set[str]) -> bool:
 
 def largest(pool: Pool) -> int:
     """Tokens that somebody here can take; 0 if nobody is."""
-    return max(0, max(pool.tiers, default=0) - _more(pool))
+    return max(0, max(pool.contexts, default=0) - _more(pool))
 
 
 def smallest(pool: Pool) -> int:
     """Tokens that everybody here can take; 0 if nobody is."""
-    return max(0, min(pool.tiers, default=0) - _more(pool))
+    return max(0, min(pool.contexts, default=0) - _more(pool))
 
 
 def _more(pool: Pool) -> int:

@@ -2,10 +2,10 @@
 
 A *group* is the workers of one model that may hand KV to each other: equal model digest and layout.
 It has two pools, and a `both` worker sits in both. A pool keeps its workers in buckets of load, so
-the freest are found without a look at the others; it also adds up places and blocks, which is what
-prefill is admitted against. Nothing here costs O(workers) per request.
+the freest are found without a look at the others. Nothing here costs O(workers) per request.
 """
 
+from collections import Counter
 from collections.abc import Set
 from itertools import islice
 from typing import TYPE_CHECKING, Final, Literal
@@ -26,29 +26,10 @@ PREFILL_QUEUE: Final = 2
 """Prefills in flight per place: enough that the worker never waits for the bus."""
 
 
-class Tier:
-    """The workers of one pool that take sequences of equal length, and what is taken of them."""
-
-    __slots__ = ("blocks", "max_running", "num_blocks", "num_workers", "running")
-
-    def __init__(self) -> None:
-        self.num_workers = 0
-        self.max_running = 0
-        self.num_blocks = 0
-        self.running = 0
-        self.blocks = 0
-
-    def books(self) -> tuple[int, int, int, int, int]:
-        return self.num_workers, self.max_running, self.num_blocks, self.running, self.blocks
-
-
 class Seat:
     """One worker's place in one pool."""
 
-    __slots__ = (
-        "_blocks", "_context", "_idle", "_running", "_sizes", "_tier", "bucket", "pool",
-        "position", "worker",
-    )  # fmt: skip
+    __slots__ = ("_context", "bucket", "pool", "position", "worker")
 
     def __init__(self, pool: "Pool", worker: "Worker") -> None:
         self.pool = pool
@@ -56,38 +37,15 @@ class Seat:
         self.position = len(pool.order)
         pool.order.append(self)
         pool.members[worker.id] = self
-        capacity = worker.info.capacity
-        self._sizes = (capacity.max_running, capacity.num_blocks)
-        self._context = capacity.max_context
-        tier = pool.tiers.get(self._context)
-        if tier is None:
-            tier = pool.tiers[self._context] = Tier()
-        self._tier = tier
-        tier.num_workers += 1
-        tier.max_running += capacity.max_running
-        tier.num_blocks += capacity.num_blocks
-        self._running, self._blocks = _taken(worker)
-        self._idle = not (worker.running or worker.blocks)
-        tier.running += self._running
-        tier.blocks += self._blocks
-        pool.num_idle += self._idle
+        self._context = worker.info.capacity.max_context
+        pool.contexts[self._context] = pool.contexts.get(self._context, 0) + 1
         self.bucket = pool.bucket_of(worker)
         pool.enter(self)
 
     def update(self) -> None:
         """The worker's load has changed."""
-        worker = self.worker
         pool = self.pool
-        tier = self._tier
-        running, blocks = _taken(worker)
-        tier.running += running - self._running
-        tier.blocks += blocks - self._blocks
-        self._running = running
-        self._blocks = blocks
-        idle = not (worker.running or worker.blocks)
-        pool.num_idle += idle - self._idle
-        self._idle = idle
-        bucket = pool.bucket_of(worker)
+        bucket = pool.bucket_of(self.worker)
         if bucket != self.bucket:
             pool.exit(self)
             self.bucket = bucket
@@ -100,29 +58,16 @@ class Seat:
             pool.order[self.position] = last
             last.position = self.position
         del pool.members[self.worker.id]
-        tier = self._tier
-        tier.num_workers -= 1
-        tier.max_running -= self._sizes[0]
-        tier.num_blocks -= self._sizes[1]
-        tier.running -= self._running
-        tier.blocks -= self._blocks
-        if not tier.num_workers:
-            del pool.tiers[self._context]
-        pool.num_idle -= self._idle
+        pool.contexts[self._context] -= 1
+        if not pool.contexts[self._context]:
+            del pool.contexts[self._context]
         pool.exit(self)
-
-
-def _taken(worker: "Worker") -> tuple[int, int]:
-    """Places and blocks that nobody else can have; more may be promised than there are."""
-    capacity = worker.info.capacity
-    blocks = worker.blocks + worker.foreign_blocks
-    return min(worker.running, capacity.max_running), min(blocks, capacity.num_blocks)
 
 
 class Pool:
     """The eligible workers of one group and role."""
 
-    __slots__ = ("buckets", "members", "num_idle", "occupied", "order", "role", "tiers")
+    __slots__ = ("buckets", "contexts", "members", "occupied", "order", "role")
 
     def __init__(self, role: PoolRole) -> None:
         self.role: PoolRole = role
@@ -133,10 +78,8 @@ class Pool:
         self.buckets: list[dict[Seat, None]] = [{} for _ in range(FULL + 1)]
         self.occupied = 0
         """Bit n: bucket n is not empty."""
-        self.tiers: dict[int, Tier] = {}
-        """By the tokens of the longest sequence that they take."""
-        self.num_idle = 0
-        """Workers with nothing of ours: they take whatever is not too long for them."""
+        self.contexts: dict[int, int] = {}
+        """How many take sequences of at most so many tokens."""
 
     def bucket_of(self, worker: "Worker") -> int:
         capacity = worker.info.capacity
@@ -177,6 +120,10 @@ class Pool:
         """Nobody takes anything now."""
         return not self.occupied & ((1 << FULL) - 1)
 
+    def context_for(self, tokens: int) -> int:
+        """Of the smallest workers that take more than so many; 0 if there are none."""
+        return min((context for context in self.contexts if context > tokens), default=0)
+
     def has(self, worker: "Worker") -> bool:
         """Whether this very process sits here, not its successor of the same name."""
         seat = self.members.get(worker.id)
@@ -188,20 +135,13 @@ class Pool:
 
     def validate(self) -> None:
         workers = [seat.worker for seat in self.order]
-        counted: dict[int, tuple[int, ...]] = {}
-        for worker in workers:
-            capacity = worker.info.capacity
-            row = (1, capacity.max_running, capacity.num_blocks, *_taken(worker))
-            before = counted.get(capacity.max_context, (0,) * len(row))
-            counted[capacity.max_context] = tuple(a + b for a, b in zip(before, row, strict=True))
-        num_idle = sum(not (w.running or w.blocks) for w in workers)
-        books = {context: tier.books() for context, tier in self.tiers.items()}
-        if (counted, num_idle) != (books, self.num_idle):
-            raise LocalError(f"the {self.role} pool does not add up")
         for position, seat in enumerate(self.order):
             right = seat.position == position and seat in self.buckets[seat.bucket]
             if not right or seat.bucket != self.bucket_of(seat.worker):
                 raise LocalError(f"{seat.worker.id} sits wrongly in the {self.role} pool")
+        contexts = Counter(w.info.capacity.max_context for w in workers)
+        if contexts != self.contexts:
+            raise LocalError(f"the {self.role} pool's contexts do not add up")
         if sum(map(len, self.buckets)) != len(self.order) or len(self.members) != len(self.order):
             raise LocalError(f"the {self.role} pool has strangers")
 
@@ -211,7 +151,7 @@ class Group:
 
     __slots__ = (
         "_contexts", "block_size", "decode", "digest", "layout", "model", "num_pending",
-        "num_workers", "pending", "prefill", "waiters",
+        "num_workers", "prefill", "waiters",
     )  # fmt: skip
 
     def __init__(self, model: str, digest: str, layout: KvLayout) -> None:
@@ -224,10 +164,7 @@ class Group:
         self.num_workers = 0
         self._contexts: dict[int, int] = {}
         self.num_pending = 0
-        """Choices that were admitted to prefill and have no decode place yet, and none is kept for
-        them."""
-        self.pending: dict[int, tuple[int, int]] = {}
-        """The same by the context that they need at least: how many, and their blocks."""
+        """Choices that were admitted to prefill and have no decode place yet."""
         self.waiters: dict[str, Choice] = {}
         """Choices in `decode_wait`, the oldest first."""
 
@@ -254,40 +191,6 @@ class Group:
     def max_context(self) -> int:
         """Tokens of the longest sequence that any listed decode worker takes; 0 if none is."""
         return max(self._contexts, default=0)
-
-    def context_for(self, tokens: int) -> int:
-        """Of the smallest decode workers that take so many; if there are none, of no worker's."""
-        tiers = self.decode.tiers
-        return min((context for context in tiers if context > tokens), default=tokens + 1)
-
-    def count_pending(self, context: int, num: int, blocks: int) -> None:
-        """So many more, or less, wait for a place at a worker of that context or a larger one."""
-        before = self.pending.get(context, (0, 0))
-        self.num_pending += num
-        if before[0] + num:
-            self.pending[context] = (before[0] + num, before[1] + blocks)
-        else:
-            del self.pending[context]
-
-    def has_place(self, tokens: int, blocks: int) -> bool:
-        """Projected decode capacity: would one more, now prefilled, find a place? Counted from the
-        largest workers down: who waits for one of them takes no place of a smaller one."""
-        pool = self.decode
-        if pool.num_idle > self.num_pending:
-            return True
-        tiers = pool.tiers
-        places = room = 0
-        for context in sorted(tiers.keys() | self.pending.keys(), reverse=True):
-            if context <= tokens:
-                break
-            tier = tiers.get(context)
-            if tier is not None:
-                places += tier.max_running - tier.running
-                room += tier.num_blocks - tier.blocks
-            num, waiting = self.pending.get(context, (0, 0))
-            places = max(0, places - num)
-            room = max(0, room - waiting)
-        return places > 0 and blocks <= room
 
     def validate(self) -> None:
         self.prefill.validate()

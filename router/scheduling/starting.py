@@ -3,11 +3,11 @@
 `drain` runs once at the end of every event that may have freed something, and starts a bounded
 number of jobs: first those that hold a handle (two workers are charged for them), then choices that
 run alone, then retries, then new work. A lane stops at its first choice that finds no place, unless
-only something of its own keeps that one back: then it stands aside (ADR 15), with room kept for it
-where it needs much (`room.py`).
+only something of its own keeps that one back: then it stands aside (ADR 15).
 """
 
 from collections.abc import Callable, Set
+from itertools import islice
 from typing import Final, Literal
 
 from router.scheduling.admission import Lane
@@ -32,15 +32,14 @@ from router.scheduling.policy import (
 )
 from router.scheduling.pools import Group
 from router.scheduling.prefix_index import Match
-from router.scheduling.room import has_come, is_large, keep_room
 from router.scheduling.tables import Tables
 
 MAX_STARTS: Final = 32
 _NO_MATCH: Final[Match] = []
 _NOBODY: Final[Set[str]] = frozenset()
+_MAX_WALK: Final = 256
+"""Who waits for a decode worker behind so many others does not overtake them."""
 _FIRST_AND_NEXT: Final = 2
-_SHORTER: Final = 4
-"""So many times shorter is another, who could start where a large one waits for room."""
 
 Placed = Literal["started", "waits", "parked"]
 
@@ -58,7 +57,7 @@ class Placer:
         t = self._t
         if t.frozen_at is not None:
             return
-        if not (t.num_waiters or t.admission.num_queued or t.kept):
+        if not (t.num_waiters or t.admission.num_queued):
             t.dirty.clear()  # nobody is here to whom it could matter, as after most events
             return
         names = sorted(t.dirty)
@@ -75,8 +74,6 @@ class Placer:
 
     def _serve(self, name: str, model: Model) -> None:
         t = self._t
-        if t.kept:
-            self._serve_kept(name)
         if t.num_waiters:
             for group in list(model.groups.values()):
                 if group.waiters:
@@ -89,39 +86,20 @@ class Placer:
         if self._left <= 0:
             t.dirty.add(name)
 
-    def _serve_kept(self, name: str) -> None:
-        """What has become free where room is kept is taken before anybody else may."""
-        t = self._t
-        for number, kept in list(t.kept.items()):
-            worker = kept.worker
-            if worker.info.model != name or self._left <= 0:
-                continue
-            choice = t.choices[number]
-            if not worker.seats:
-                t.give_up_room(choice)
-            elif has_come(t, choice):
-                if number in t.admission.parked and choice.state == "queued":
-                    self._mover.unpark(choice)
-                    self._place(choice)
-                elif choice.group is not None and number in choice.group.waiters:
-                    self._pull(choice, choice.group)
-
     def _serve_waiters(self, group: Group) -> None:
-        """All may overtake those that fit nowhere now: their place may be what these lend. Who
-        needs no less than another that found nothing is not looked at, and only so many find
-        nothing."""
+        """Others may overtake those that fit nowhere now: their place may be what these lend. Who
+        needs no less than another that found nothing is not looked at."""
         t = self._t
         missed: list[tuple[int, int]] = []
-        longest = largest(group.decode)
-        for choice in list(group.waiters.values()):
+        for choice in list(islice(group.waiters.values(), _MAX_WALK)):
             if self._left <= 0 or len(missed) >= MAX_STARTS or not group.decode.order:
                 return
             tokens = choice.spec.num_prompt_tokens + t.view.num_output(choice.id)
-            need = group.context_for(tokens), choice.pending_blocks
-            if tokens > longest or _may_expire(choice) or not _is_covered(need, missed):
-                looked = self._pull(choice, group)
-                if looked is not None:
-                    missed.append((group.context_for(looked.tokens), looked.decode_blocks))
+            need = group.decode.context_for(tokens), choice.decode_blocks
+            if _may_expire(choice) or not _is_covered(need, missed):
+                self._pull(choice, group)
+                if choice.id in group.waiters:
+                    missed.append(need)
 
     def _serve_lonely(self, name: str, model: Model) -> None:
         """Two processes died under each: a worker of its own."""
@@ -148,9 +126,7 @@ class Placer:
     def _place(self, choice: Choice) -> Placed:
         """Start a queued choice where it costs least, over all groups that may serve it. It waits
         in front of others only for what they wait for, too."""
-        t = self._t
         tries = choice.tries
-        kept = t.give_up_room(choice)
         groups = self._groups_of(choice)
         best = self._best(choice, groups, tries.excluded)
         if best is None and groups and tries.excluded:
@@ -161,9 +137,6 @@ class Placer:
                 return self._pause(choice, self._mover.step_aside)
         if best is not None:
             self._start(choice, *best)
-            if kept and choice.state == "prefilling":
-                here, _, _, want = best
-                t.keep_room(choice, here.worker, want.decode_blocks)
             return "started"
         if groups and self._lacks_size(choice, groups):
             return self._pause(choice, self._mover.step_aside)
@@ -186,35 +159,27 @@ class Placer:
         """`tokens`: as if it had no more than these."""
         best: tuple[Pick, Pick | None, Group, Want] | None = None
         for group in groups:
+            if group.decode.is_full:
+                continue
             want = self._want(choice, group, excluded, tokens or self._tokens(choice))
-            if group.has_place(want.tokens, want.decode_blocks):
-                self._look_up(choice, group, want)
-                found = self._plan(group, want, local=choice.tries.local)
-                if found is not None and (best is None or found[0].cost < best[0].cost):
-                    best = (*found, group, want)
+            self._look_up(choice, group, want)
+            found = self._plan(group, want, local=choice.tries.local)
+            if found is not None and (best is None or found[0].cost < best[0].cost):
+                best = (*found, group, want)
         return best
 
     def _lacks_size(self, choice: Choice, groups: list[Group]) -> bool:
         """Whether it waits because it is longer than others: everybody who is here is too small
-        for it, or those that are not are busy, and a shorter one could start. For the second it
-        stands aside for ever only if room is kept for it: shorter ones would always be faster."""
+        for it, or those that are not are busy, and one as long as all can take could start. For
+        the second it does not stand aside for ever: shorter ones would always be faster."""
         tokens = self._tokens(choice)
         if tokens > max(largest(group.decode) for group in groups):
             return True
         pools = [pool for g in groups for pool in (g.decode, g.prefill) if pool.order]
         short = min(smallest(pool) for pool in pools)
-        excluded = choice.tries.excluded
-        is_longer = tokens > short
-        wants = [(g, self._want(choice, g, excluded, tokens)) for g in groups]
-        large = [(g, want) for g, want in wants if is_longer or is_large(g, want)]
-        if not large:
+        if tokens <= short or choice.tries.looks >= LOOKS:
             return False
-        shorter = short if is_longer else tokens // _SHORTER
-        if self._best(choice, groups, excluded, max(1, shorter)) is None:
-            return False
-        if any(keep_room(self._t, choice, g, want) for g, want in large):
-            return True
-        return is_longer and choice.tries.looks < LOOKS
+        return self._best(choice, groups, choice.tries.excluded, max(1, short)) is not None
 
     def _tokens(self, choice: Choice) -> int:
         """Prompt and output so far."""
@@ -284,6 +249,7 @@ class Placer:
         choice.move("start_prefill", t.now, worker.id)
         t.expect_place(choice, group, want.decode_blocks)
         attempt = t.open(choice, worker, "prefill", there.uncached, want.prefill_blocks)
+        t.book(choice, here.worker, attempt.id)
         t.siblings.started(choice.spec.siblings, attempt.reservation)
         t.out.append(StartPrefill(attempt.id, choice.id, worker.id, worker.incarnation))
 
@@ -314,40 +280,43 @@ class Placer:
         else:
             t.budget.admitted(t.now)
 
-    def _pull(self, choice: Choice, group: Group) -> Want | None:
-        """Find a decode worker for a choice that holds a handle, on today's load. What found
-        nothing comes back, if it waits on."""
+    def _pull(self, choice: Choice, group: Group) -> None:
+        """Find a decode worker for a choice that holds a handle, on today's load: perhaps another
+        than was booked. If there is none now, the place stays booked."""
+        t = self._t
+        booked = t.unbook(choice)
+        self._look_for_puller(choice, group)
+        if booked is not None and choice.group is group and booked.worker.seats:
+            t.book(choice, booked.worker, booked.attempt)
+
+    def _look_for_puller(self, choice: Choice, group: Group) -> None:
         t = self._t
         lent = choice.lent
         assert lent is not None
         if lent.expires_at is not None and t.now >= lent.expires_at:
             self._mover.lose_source(choice, "lease_expired")
-            return None
+            return
         tries = choice.tries
-        if choice.id in t.kept and has_come(t, choice):
-            t.give_up_room(choice)
+        output = t.view.num_output(choice.id)
+        tokens = choice.spec.num_prompt_tokens + output
         want = Want(
-            choice.spec.num_prompt_tokens + t.view.num_output(choice.id),
-            0, lent.decode_blocks, group.block_size, tries.excluded, _NO_MATCH,
+            tokens, 0, lent.decode_blocks, group.block_size, tries.excluded, _NO_MATCH,
             t.limits.num_samples,
         )  # fmt: skip
         pick = self._pick_puller(group, want)
         if pick is None and tries.excluded:
             if group.decode.all_in(tries.excluded):
                 self._mover.park(choice)
-                return None
+                return
             want.excluded = _NOBODY
             pick = self._pick_puller(group, want)
             if pick is not None and tries.looks < LOOKS:
                 self._mover.step_aside(choice)
-                return None
+                return
         if pick is None:
             if want.tokens > largest(group.decode):
                 self._miss(choice)
-                return None
-            if choice.id not in t.kept:
-                keep_room(t, choice, group, want)
-            return want
+            return
         self._left -= 1
         tries.wait_until = choice.timer.due
         t.deadlines.disarm(choice.timer)
@@ -356,7 +325,6 @@ class Placer:
         choice.move("start_pull", t.now, worker.id)
         attempt = t.open(choice, worker, "pull", 0, lent.decode_blocks)
         t.out.append(StartDecode(attempt.id, choice.id, worker.id, worker.incarnation, lent.handle))
-        return None
 
     def _miss(self, choice: Choice) -> None:
         """It holds a handle, and whoever is large enough for it is away, perhaps for a moment. Then

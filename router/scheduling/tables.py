@@ -91,8 +91,6 @@ class Tables:
         self.choices: dict[str, Choice] = {}
         self.attempts: dict[int, Attempt] = {}
         self.siblings = Siblings()
-        self.kept: dict[str, Reservation] = {}
-        """Choice -> the room that a decode worker keeps for it."""
         self.claims: dict[str, Worker] = {}
         """Workers that a choice wants, or has, for itself."""
         self.dirty: set[str] = set()
@@ -101,7 +99,6 @@ class Tables:
         self.num_waiters = 0
         """Choices that stand in the `waiters` of any group."""
         self._next_attempt = first_attempt
-        self._last_kept = -first_attempt
         self._ended: OrderedDict[str, Past] = OrderedDict()
 
     def set_time(self, now: float) -> None:
@@ -225,12 +222,23 @@ class Tables:
     # -- waiting for a decode place
 
     def expect_place(self, choice: Choice, group: Group, blocks: int) -> None:
-        """Admitted to prefill: it counts against the group's decode places."""
+        """From now on until it pulls it wants a decode worker of this group."""
         choice.group = group
-        choice.pending_blocks = blocks
-        tokens = choice.spec.num_prompt_tokens + self.view.num_output(choice.id)
-        choice.pending_context = group.context_for(tokens)
-        self._count_pending(choice, 1)
+        choice.decode_blocks = blocks
+        group.num_pending += 1
+
+    def book(self, choice: Choice, worker: Worker, number: int) -> None:
+        """Nobody else shall have its place at this worker; `number`: of its prefill."""
+        blocks = min(choice.decode_blocks, worker.info.capacity.num_blocks)
+        choice.booked = Reservation(number, worker, "booked", 0, blocks)
+        self.fleet.charge(choice.booked)
+
+    def unbook(self, choice: Choice) -> Reservation | None:
+        """It takes a place now, or does not want one any more."""
+        booked, choice.booked = choice.booked, None
+        if booked is not None:
+            self.fleet.free(booked)
+        return booked
 
     def wait(self, choice: Choice) -> None:
         """It wants a decode worker of its group as soon as there is a place."""
@@ -252,34 +260,11 @@ class Tables:
         if group is None:
             return
         self.stop_waiting(choice)
-        self.give_up_room(choice)
-        self._count_pending(choice, -1)
+        self.unbook(choice)
         choice.group = None
+        group.num_pending -= 1
         self.fleet.drop_if_empty(group)
         self.dirty.add(group.model)
-
-    def _count_pending(self, choice: Choice, sign: int) -> None:
-        """It waits for a decode place that nobody keeps for it."""
-        group = choice.group
-        if group is not None and choice.id not in self.kept:
-            group.count_pending(choice.pending_context, sign, sign * choice.pending_blocks)
-
-    def keep_room(self, choice: Choice, worker: Worker, blocks: int) -> None:
-        """What becomes free at the worker is the choice's, until it has so much."""
-        self._count_pending(choice, -1)
-        self._last_kept -= 1  # no attempt has a number below zero
-        blocks = min(blocks, worker.info.capacity.num_blocks)
-        kept = self.kept[choice.id] = Reservation(self._last_kept, worker, "kept", 0, blocks)
-        self.fleet.charge(kept)
-
-    def give_up_room(self, choice: Choice) -> bool:
-        """It takes the room now, or does not want it any more. Whether any was kept."""
-        kept = self.kept.pop(choice.id, None)
-        if kept is None:
-            return False
-        self.fleet.free(kept)
-        self._count_pending(choice, 1)
-        return True
 
     # -- a worker for one choice alone
 
@@ -332,7 +317,7 @@ class Tables:
         reservations = {id(a.reservation) for a in self.attempts.values()} | {
             id(c.lent.reservation) for c in self.choices.values() if c.lent is not None
         }
-        reservations |= {id(kept) for kept in self.kept.values()}
+        reservations |= {id(c.booked) for c in self.choices.values() if c.booked is not None}
         attempts: dict[int, Attempt] = {}
         for worker in self.fleet.workers.values():
             attempts |= worker.attempts
@@ -355,19 +340,10 @@ class Tables:
                 pending = [c for c in self.choices.values() if c.group is group]
                 waiting = {c.id for c in pending if c.state == "decode_wait"}
                 waiting -= self.admission.parked.keys()
-                counted: dict[int, tuple[int, int]] = {}
-                for choice in [c for c in pending if c.id not in self.kept]:
-                    num, blocks = counted.get(choice.pending_context, (0, 0))
-                    counted[choice.pending_context] = (num + 1, blocks + choice.pending_blocks)
-                total = sum(num for num, _ in counted.values())
-                books = (group.pending, group.num_pending, set(group.waiters))
-                if (counted, total, waiting) != books:
+                if (len(pending), waiting) != (group.num_pending, set(group.waiters)):
                     raise LocalError(f"{group.model}: waiting for decode does not add up")
-        for number in self.kept:
-            if self.choices[number].decode is not None:
-                raise LocalError(f"room is kept for {number}, which has some")
-        for number, worker in self.claims.items():
-            if number not in self.choices or worker.claim != number:
+        for choice, worker in self.claims.items():
+            if choice not in self.choices or worker.claim != choice:
                 raise LocalError(f"{worker.id} is claimed by nobody")
 
 
@@ -377,6 +353,7 @@ def _validate_choice(choice: Choice) -> None:
         (choice.decode is not None) == (state in ("transferring", "local", "decoding"))
         and (choice.lent is not None) == (state in ("decode_wait", "transferring"))
         and (choice.group is not None) == (state in ("prefilling", "decode_wait"))
+        and (choice.booked is None or choice.group is not None)
         and (choice.prefill is not None or state != "prefilling")
         and (choice.prefill is None or state not in ("queued", "local"))
         and (choice.timer.due is not None) == (state in ("queued", "decode_wait"))

@@ -6,6 +6,7 @@ from protocol.out import FailureCode
 from protocol.worker_info import EngineTraits
 from router.scheduling import commands as cmd
 from router.scheduling import events as ev
+from router.scheduling.attempts import FREE_SHARE
 from router.scheduling.limits import Limits
 from tests.unit.router.scheduling.bench import (
     Bench,
@@ -258,6 +259,41 @@ def test_whom_all_have_refused_for_a_while_is_taken_by_the_first_that_does() -> 
             out = bench.pass_time(0.1)
     bench.feed(ev.Accepted(only(out, cmd.StartDecode).attempt))
     assert tries.refusals == 0
+
+
+def test_refused_pulls_of_handles_that_are_good_for_one_pull_are_bounded() -> None:
+    """Each of them costs a prefill."""
+    bench = Bench()
+    once = EngineTraits(release="timeout")
+    bench.list_workers(info("p", "prefill", traits=once), info("d", "decode"))
+    out = bench.feed(submitted())
+    num_prefills = 0
+    while not ends(out):
+        said: list[cmd.Command] = []
+        for start in out:
+            if isinstance(start, cmd.StartPrefill):
+                num_prefills += 1
+                bench.feed(ev.Accepted(start.attempt))
+                name = f"h{num_prefills}"
+                said += bench.feed(ev.Prefilled(start.attempt, handle("p", name), ended=False))
+            elif isinstance(start, cmd.StartDecode):
+                said += bench.feed(ev.Refused(start.attempt, "full"))
+        out = said or bench.pass_time(0.1)
+    assert ends(out) == [("failed", "transfer", "attempts_exhausted")]
+    assert num_prefills <= (FREE_SHARE + 1) * bench.scheduler._t.limits.max_attempts
+
+
+def test_a_refusal_after_a_while_of_work_waits_as_long_as_any() -> None:
+    bench = Bench(Limits(queue_timeout_s=30.0))
+    bench.list_workers(info("a"))
+    start = only(bench.feed(submitted()), cmd.StartDecode)
+    bench.feed(ev.Refused(start.attempt, "full"))
+    start = only(bench.pass_time(0.3), cmd.StartDecode)
+    bench.feed(ev.DecodingStarted(start.attempt))
+    bench.heard[start.attempt] = bench.now + 1000.0
+    bench.pass_time(60.0)
+    bench.feed(ev.Refused(start.attempt, "full"))
+    assert ends(bench.pass_time(25.0, "a")) == []
 
 
 def test_who_takes_a_job_and_refuses_it_then_has_failed() -> None:
