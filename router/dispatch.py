@@ -217,6 +217,7 @@ class Dispatch:
         now = self._clock()
         if now > self.pauses.late_at:
             self.pauses.over(now)
+            now = self._clock()
         try:
             commands = self.scheduler.handle(event, now)
         except Exception:  # noqa: BLE001

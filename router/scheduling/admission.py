@@ -105,6 +105,13 @@ class Admission:
         spec = choice.spec
         return self._lanes.get(spec.model, {}).get(spec.model_digest)
 
+    def is_first(self, choice: Choice) -> bool:
+        """Whether others perhaps do not start because this one stands in front of them."""
+        lane = self.lane_of(choice)
+        if choice.id in self.lonely or lane is None:
+            return choice.id in self.lonely
+        return any(next(iter(queue), "") == choice.id for queue in (lane.retries, lane.fresh))
+
     def lanes(self, model: str) -> list[Lane]:
         lanes = self._lanes.get(model)
         return list(lanes.values()) if lanes else []

@@ -61,8 +61,8 @@ class Mover:
             t.close(choice.decode, done=False)
         t.release(choice)
         t.forget_place(choice)
-        if choice.state == "queued":
-            t.dirty.add(choice.spec.model)  # others may have stood behind it
+        if t.admission.is_first(choice):
+            t.dirty.add(choice.spec.model)  # others stood behind it
         t.admission.discard(choice)
         if choice.backoff is not None:
             t.deadlines.disarm(choice.backoff)

@@ -99,6 +99,7 @@ class Tables:
         self.num_waiters = 0
         """Choices that stand in the `waiters` of any group."""
         self._next_attempt = first_attempt
+        self._last_booked = -first_attempt
         self._ended: OrderedDict[str, Past] = OrderedDict()
 
     def set_time(self, now: float) -> None:
@@ -227,10 +228,11 @@ class Tables:
         choice.decode_blocks = blocks
         group.num_pending += 1
 
-    def book(self, choice: Choice, worker: Worker, number: int) -> None:
-        """Nobody else shall have its place at this worker; `number`: of its prefill."""
+    def book(self, choice: Choice, worker: Worker) -> None:
+        """Nobody who comes later shall have its place at this worker."""
         blocks = min(choice.decode_blocks, worker.info.capacity.num_blocks)
-        choice.booked = Reservation(number, worker, "booked", 0, blocks)
+        self._last_booked -= 1  # no attempt has such a number
+        choice.booked = Reservation(self._last_booked, worker, "booked", 0, blocks)
         self.fleet.charge(choice.booked)
 
     def unbook(self, choice: Choice) -> Reservation | None:
@@ -260,7 +262,9 @@ class Tables:
         if group is None:
             return
         self.stop_waiting(choice)
-        self.unbook(choice)
+        booked = self.unbook(choice)
+        if booked is not None:
+            self.dirty.add(booked.worker.info.model)  # it may serve another one by now
         choice.group = None
         group.num_pending -= 1
         self.fleet.drop_if_empty(group)

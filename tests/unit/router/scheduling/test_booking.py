@@ -70,14 +70,14 @@ def test_long_handles_that_find_no_room_any_more_hold_up_no_short_one() -> None:
     for number, start in enumerate(starts):
         bench.feed(ev.Prefilled(start.attempt, handle("p", f"h-{number}"), ended=False))
     [group] = bench.scheduler._t.fleet.models["m"].groups.values()
-    assert len(group.waiters) == 50
+    assert len(group.waiters) == 49, "one fits where nothing of ours is, whatever others use"
     for number in range(40):
         assert bench.to_transfer(f"s/{number}", tokens=200)[1].worker != "large"
     out = bench.feed(
         ev.WorkerReported("large", "large-1", report(num_blocks=100_000, free_blocks=100_000))
     )
     assert len([c for c in out if isinstance(c, cmd.StartDecode)]) == 32
-    assert len([c for c in bench.pass_time(0.0) if isinstance(c, cmd.StartDecode)]) == 18
+    assert len([c for c in bench.pass_time(0.0) if isinstance(c, cmd.StartDecode)]) == 17
 
 
 def test_a_place_is_booked_no_longer_than_it_is_wanted() -> None:
@@ -145,3 +145,91 @@ def test_those_behind_one_that_leaves_the_queue_are_looked_at_at_once() -> None:
     out = bench.feed(ev.ClientGone("giant"))
     assert ends(out) == [("cancelled", "queue", "cancelled")]
     assert only(out, cmd.StartDecode).choice == "short"
+
+
+def both_prefilled(bench: Bench) -> tuple[cmd.StartPrefill, cmd.StartPrefill]:
+    first = only(bench.feed(submitted("a")), cmd.StartPrefill)
+    second = only(bench.feed(submitted("b")), cmd.StartPrefill)
+    for start in (first, second):
+        bench.feed(ev.Accepted(start.attempt))
+    return first, second
+
+
+def pulls(bench: Bench, start: cmd.StartPrefill) -> dict[str, str]:
+    """Its handle has come: choice -> worker."""
+    name = f"h-{start.choice}"
+    out = bench.feed(ev.Prefilled(start.attempt, handle(start.worker, name), ended=False))
+    return {c.choice: c.worker for c in out if isinstance(c, cmd.StartDecode)}
+
+
+def test_an_older_one_that_lost_its_place_does_not_keep_a_younger_one_from_its_own() -> None:
+    bench = Bench()
+    bench.list_workers(info("p", "prefill"))
+    bench.list_workers(*(info(f"d{n}", "decode", running=1) for n in (1, 2)))
+    first, second = both_prefilled(bench)
+    booked = bench.scheduler._t.choices["a"].booked
+    assert booked is not None
+    bench.feed(ev.WorkerLeaving(booked.worker.id, booked.worker.incarnation))
+    other = {"d1": "d2", "d2": "d1"}[booked.worker.id]
+    assert pulls(bench, first) == {}
+    assert pulls(bench, second) == {"a": other}, "the older one takes it"
+
+
+def test_two_that_hold_handles_do_not_wait_for_each_other() -> None:
+    """Somebody else uses one block: there is room for one of them."""
+    bench = Bench()
+    bench.list_workers(info("p", "prefill"), info("d", "decode", blocks=34))
+    first, second = both_prefilled(bench)
+    bench.feed(ev.WorkerReported("d", "d-1", report(num_blocks=34, free_blocks=33)))
+    started = pulls(bench, first) | pulls(bench, second)
+    assert started == {"a": "d"}
+
+
+def test_one_that_lost_its_place_gets_another_that_new_work_cannot_take() -> None:
+    bench = Bench()
+    bench.list_workers(info("p", "prefill", blocks=5000))
+    bench.list_workers(*(info(f"d{n}", "decode", blocks=100, running=64) for n in (1, 2)))
+    large = only(bench.feed(submitted("large", tokens=1100)), cmd.StartPrefill)
+    bench.feed(ev.Accepted(large.attempt))
+    booked = bench.scheduler._t.choices["large"].booked
+    assert booked is not None
+    others = [bench.to_decoding(f"s/{n}", tokens=200) for n in range(3)]
+    bench.feed(ev.WorkerLeaving(booked.worker.id, booked.worker.incarnation))
+    assert pulls(bench, large) == {}
+    assert bench.feed(submitted("new")) == [], "it would never have room"
+    started = [
+        c.choice
+        for start in others
+        for c in bench.feed(ev.Ended(start.attempt))
+        if isinstance(c, cmd.StartDecode)
+    ]
+    assert started == ["large"]
+
+
+def test_a_place_at_a_worker_that_serves_another_model_now_is_given_up() -> None:
+    bench = Bench()
+    bench.list_workers(info("p", "prefill"))
+    bench.list_workers(*(info(f"d{n}", "decode", running=1) for n in (1, 2)))
+    first, _ = both_prefilled(bench)
+    booked = bench.scheduler._t.choices["a"].booked
+    assert booked is not None
+    name = booked.worker.id
+    bench.feed(ev.WorkerListed(info(name, "decode", running=1, model="m2")))
+    assert pulls(bench, first) == {}
+    out = bench.feed(submitted("c/2", model="m2"))
+    out += bench.feed(ev.ClientGone("a"))
+    assert {c.choice: c.worker for c in out if isinstance(c, cmd.StartDecode)} == {"c/2": name}
+
+
+def test_its_place_is_found_among_many_workers() -> None:
+    """It is at the one large worker, which is not among those that seem freest."""
+    bench = Bench()
+    bench.list_workers(info("p", "prefill", blocks=9000, running=64))
+    bench.list_workers(info("big", "decode", blocks=2000))
+    start = only(bench.feed(submitted("c/0", tokens=1000)), cmd.StartPrefill)
+    bench.feed(ev.Accepted(start.attempt))
+    bench.feed(ev.WorkerReported("big", "big-1", report(num_blocks=2000, free_blocks=900)))
+    bench.list_workers(*(info(f"s{n}", "decode", blocks=60) for n in range(12)))
+    for number in range(12):
+        bench.to_decoding(f"s/{number}", tokens=200)
+    assert pulls(bench, start) == {"c/0": "big"}
