@@ -50,7 +50,7 @@ class Suspects:
             for suspect, worker in self._claimed()
             if suspect.state == "queued"
             and suspect.spec.model == name
-            and (worker.claim_is_due or _is_empty(worker))
+            and (worker.claim_is_due or not worker.reservations)
             and not worker.refused
         ]
 
@@ -115,11 +115,6 @@ class Suspects:
         for choice in t.choices.values():
             if choice.tries.absolve(deaths):
                 self._rejoin(choice)
-
-
-def _is_empty(worker: Worker) -> bool:
-    """Nothing of ours runs there; who has a place booked does not come while it is claimed."""
-    return all(reservation.kind == "booked" for reservation in worker.reservations.values())
 
 
 def _too_many_claims(t: Tables, model: Model) -> bool:

@@ -4,9 +4,8 @@
 ago), live, not draining, not stuck, not suspected: new work may go there. A `Worker` is one
 incarnation; its successor under the same name is another one.
 
-Ledger. Each attempt charges one `Reservation` to one worker, a lent handle keeps the prefill's, and
-a choice that is prefilled has a place *booked* at the decode worker that it will probably go to. A
-worker's load is the sum of its live reservations and nothing else (`validate`). This file sends
+Ledger. Each attempt charges one `Reservation` to one worker, and a lent handle keeps the prefill's.
+A worker's load is the sum of its live reservations and nothing else (`validate`). This file sends
 nothing and starts no timers.
 """
 
@@ -28,7 +27,7 @@ from router.scheduling.prefix_index import PrefixIndex
 if TYPE_CHECKING:
     from router.scheduling.lifecycle import Attempt, Lent
 
-ReservationKind = Literal["prefill", "lent", "decode", "local", "booked"]
+ReservationKind = Literal["prefill", "lent", "decode", "local"]
 
 KNOWN_S: Final = 300.0
 """A model that nobody serves any more is remembered so long: 503, not 404."""
@@ -39,7 +38,7 @@ _MAX_PAST: Final = 8
 
 
 class Reservation:
-    """Capacity charged to one worker for one attempt, or booked for one to come."""
+    """Capacity charged to one worker for one attempt."""
 
     __slots__ = ("attempt", "blocks", "kind", "tokens", "worker")
 
@@ -58,9 +57,9 @@ class Worker:
     """One incarnation of one worker, as this router sees it."""
 
     __slots__ = (
-        "accept_misses", "attempts", "blocks", "booked", "claim", "claim_is_due", "claim_timer",
-        "dead", "draining", "expired", "foreign_blocks", "grace", "group", "handles", "id",
-        "incarnation", "info", "leaving", "listed", "live", "past", "prefills", "reask", "refused",
+        "accept_misses", "attempts", "blocks", "claim", "claim_is_due", "claim_timer", "dead",
+        "draining", "expired", "foreign_blocks", "grace", "group", "handles", "id", "incarnation",
+        "info", "leaving", "listed", "live", "past", "prefills", "reask", "refused",
         "refused_timer", "renew", "report", "reservations", "running", "seats", "silence", "slot",
         "snapshot_asked", "steps_at", "stray", "stuck", "suspect_level", "suspect_timer",
         "suspected", "suspected_at", "tokens", "unreachable_at", "was_silent",
@@ -116,8 +115,6 @@ class Worker:
         """Nothing is promised yet."""
         self.tokens = 0
         self.blocks = 0
-        self.booked = 0
-        """Of these, blocks that nobody can use there yet."""
         self.running = 0
         self.prefills = 0
         self.reservations: dict[int, Reservation] = {}
@@ -155,7 +152,7 @@ class WorkerView:
     report: LoadReport | None
     num_reservations: int
     running: int
-    """Decode and local reservations, and places that are booked."""
+    """Decode and local reservations."""
     prefills: int
     tokens: int
     """Tokens we still wait for it to compute."""
@@ -335,8 +332,6 @@ class Fleet:
             worker.prefills += sign
         elif kind != "lent":
             worker.running += sign
-            if kind == "booked":
-                worker.booked += sign * reservation.blocks
         for seat in worker.seats:
             seat.update()
 
@@ -361,11 +356,9 @@ def _validate_load(worker: Worker) -> None:
         sum(r.tokens for r in held),
         sum(r.blocks for r in held),
         kinds.count("prefill"),
-        len(kinds) - kinds.count("prefill") - kinds.count("lent"),
-        sum(r.blocks for r in held if r.kind == "booked"),
+        kinds.count("decode") + kinds.count("local"),
     )
-    books = (worker.tokens, worker.blocks, worker.prefills, worker.running, worker.booked)
-    if counted != books:
+    if counted != (worker.tokens, worker.blocks, worker.prefills, worker.running):
         raise LocalError(f"load of {worker.id} is not the sum of its reservations")
     if worker.could_be_eligible() != worker.eligible:
         raise LocalError(f"{worker.id} is seated wrongly")

@@ -185,8 +185,7 @@ class FleetEvents:
             t.out.append(Note("suspected", "no_steps", worker.id))
             self._move_streams(worker)
         used = report.num_blocks - report.free_blocks
-        ours = worker.blocks - worker.booked
-        foreign = max(0, min(used, worker.info.capacity.num_blocks) - ours)
+        foreign = max(0, min(used, worker.info.capacity.num_blocks) - worker.blocks)
         if foreign != worker.foreign_blocks:
             if foreign < worker.foreign_blocks:
                 t.dirty.add(worker.info.model)

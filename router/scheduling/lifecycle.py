@@ -150,7 +150,7 @@ class Lent:
 
     def __init__(self, choice: "Choice", handle: KvHandle, reservation: Reservation) -> None:
         self.choice = choice
-        self.decode_blocks = choice.decode_blocks
+        self.decode_blocks = choice.pending_blocks
         """What a decode worker will be charged for it."""
         self.handle = handle
         self.reservation = reservation
@@ -171,8 +171,8 @@ class Choice:
     """What one client waits for."""
 
     __slots__ = (
-        "backoff", "booked", "decode", "decode_blocks", "group", "hashes", "id", "legs", "lent",
-        "prefill", "request_timer", "retrying", "spec", "state", "story", "timer", "tries",
+        "backoff", "decode", "group", "hashes", "id", "legs", "lent", "pending_blocks", "prefill",
+        "request_timer", "retrying", "spec", "state", "story", "timer", "tries",
     )  # fmt: skip
 
     def __init__(self, spec: Submitted, now: float) -> None:
@@ -189,11 +189,8 @@ class Choice:
         self.lent: Lent | None = None
         """Not None iff a handle is held: state in decode_wait, transferring."""
         self.group: Group | None = None
-        """Whose decode workers may pull it: from the prefill's start to the pull's."""
-        self.decode_blocks = 0
-        """What a decode worker will be charged for it, in that time."""
-        self.booked: Reservation | None = None
-        """Its place at the decode worker that it was planned for, in that time."""
+        """Whose decode places it waits for: from the prefill's start to the pull's."""
+        self.pending_blocks = 0
         self.retrying = False
         """Its next start is a second one: it comes out of the budget, ahead of new work."""
         self.tries = Tries()

@@ -2,7 +2,8 @@
 
 A *group* is the workers of one model that may hand KV to each other: equal model digest and layout.
 It has two pools, and a `both` worker sits in both. A pool keeps its workers in buckets of load, so
-the freest are found without a look at the others. Nothing here costs O(workers) per request.
+the freest are found without a look at the others; it also adds up places and blocks, which is what
+prefill is admitted against. Nothing here costs O(workers) per request.
 """
 
 from collections import Counter
@@ -29,7 +30,10 @@ PREFILL_QUEUE: Final = 2
 class Seat:
     """One worker's place in one pool."""
 
-    __slots__ = ("_context", "bucket", "pool", "position", "worker")
+    __slots__ = (
+        "_blocks", "_context", "_idle", "_running", "_sizes", "bucket", "pool", "position",
+        "worker",
+    )  # fmt: skip
 
     def __init__(self, pool: "Pool", worker: "Worker") -> None:
         self.pool = pool
@@ -37,15 +41,34 @@ class Seat:
         self.position = len(pool.order)
         pool.order.append(self)
         pool.members[worker.id] = self
-        self._context = worker.info.capacity.max_context
+        capacity = worker.info.capacity
+        self._sizes = (capacity.max_running, capacity.num_blocks)
+        pool.max_running += capacity.max_running
+        pool.num_blocks += capacity.num_blocks
+        self._context = capacity.max_context
         pool.contexts[self._context] = pool.contexts.get(self._context, 0) + 1
+        self._running = worker.running
+        self._blocks = worker.blocks + worker.foreign_blocks
+        self._idle = not (worker.running or worker.blocks)
+        pool.running += self._running
+        pool.blocks += self._blocks
+        pool.num_idle += self._idle
         self.bucket = pool.bucket_of(worker)
         pool.enter(self)
 
     def update(self) -> None:
         """The worker's load has changed."""
+        worker = self.worker
         pool = self.pool
-        bucket = pool.bucket_of(self.worker)
+        blocks = worker.blocks + worker.foreign_blocks
+        pool.running += worker.running - self._running
+        pool.blocks += blocks - self._blocks
+        self._running = worker.running
+        self._blocks = blocks
+        idle = not (worker.running or worker.blocks)
+        pool.num_idle += idle - self._idle
+        self._idle = idle
+        bucket = pool.bucket_of(worker)
         if bucket != self.bucket:
             pool.exit(self)
             self.bucket = bucket
@@ -58,16 +81,24 @@ class Seat:
             pool.order[self.position] = last
             last.position = self.position
         del pool.members[self.worker.id]
+        pool.max_running -= self._sizes[0]
+        pool.num_blocks -= self._sizes[1]
         pool.contexts[self._context] -= 1
         if not pool.contexts[self._context]:
             del pool.contexts[self._context]
+        pool.running -= self._running
+        pool.blocks -= self._blocks
+        pool.num_idle -= self._idle
         pool.exit(self)
 
 
 class Pool:
     """The eligible workers of one group and role."""
 
-    __slots__ = ("buckets", "contexts", "members", "occupied", "order", "role")
+    __slots__ = (
+        "blocks", "buckets", "contexts", "max_running", "members", "num_blocks", "num_idle",
+        "occupied", "order", "role", "running",
+    )  # fmt: skip
 
     def __init__(self, role: PoolRole) -> None:
         self.role: PoolRole = role
@@ -80,6 +111,12 @@ class Pool:
         """Bit n: bucket n is not empty."""
         self.contexts: dict[int, int] = {}
         """How many take sequences of at most so many tokens."""
+        self.max_running = 0
+        self.num_blocks = 0
+        self.running = 0
+        self.blocks = 0
+        self.num_idle = 0
+        """Workers with nothing of ours: they take whatever is not too long for them."""
 
     def bucket_of(self, worker: "Worker") -> int:
         capacity = worker.info.capacity
@@ -135,6 +172,16 @@ class Pool:
 
     def validate(self) -> None:
         workers = [seat.worker for seat in self.order]
+        counted = (
+            sum(w.info.capacity.max_running for w in workers),
+            sum(w.info.capacity.num_blocks for w in workers),
+            sum(w.running for w in workers),
+            sum(w.blocks + w.foreign_blocks for w in workers),
+            sum(not (w.running or w.blocks) for w in workers),
+        )
+        books = (self.max_running, self.num_blocks, self.running, self.blocks, self.num_idle)
+        if counted != books:
+            raise LocalError(f"the {self.role} pool does not add up")
         for position, seat in enumerate(self.order):
             right = seat.position == position and seat in self.buckets[seat.bucket]
             if not right or seat.bucket != self.bucket_of(seat.worker):
@@ -151,7 +198,7 @@ class Group:
 
     __slots__ = (
         "_contexts", "block_size", "decode", "digest", "layout", "model", "num_pending",
-        "num_workers", "prefill", "waiters",
+        "num_workers", "pending_blocks", "prefill", "waiters",
     )  # fmt: skip
 
     def __init__(self, model: str, digest: str, layout: KvLayout) -> None:
@@ -165,6 +212,7 @@ class Group:
         self._contexts: dict[int, int] = {}
         self.num_pending = 0
         """Choices that were admitted to prefill and have no decode place yet."""
+        self.pending_blocks = 0
         self.waiters: dict[str, Choice] = {}
         """Choices in `decode_wait`, the oldest first."""
 
@@ -191,6 +239,16 @@ class Group:
     def max_context(self) -> int:
         """Tokens of the longest sequence that any listed decode worker takes; 0 if none is."""
         return max(self._contexts, default=0)
+
+    def has_place(self, blocks: int) -> bool:
+        """Projected decode capacity: would one more, now prefilled, find a place?"""
+        pool = self.decode
+        if not pool.running and not self.num_pending:
+            return bool(pool.order)
+        return pool.num_idle > self.num_pending or (
+            pool.running + self.num_pending < pool.max_running
+            and pool.blocks + self.pending_blocks + blocks <= pool.num_blocks
+        )
 
     def validate(self) -> None:
         self.prefill.validate()

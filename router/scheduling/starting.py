@@ -15,7 +15,7 @@ from router.scheduling.alone import Suspects
 from router.scheduling.attempts import LOOKS
 from router.scheduling.commands import Note, StartDecode, StartPrefill
 from router.scheduling.deadlines import Timer
-from router.scheduling.fleet import Model, Reservation, Worker
+from router.scheduling.fleet import Model, Worker
 from router.scheduling.lifecycle import EXPECTED_OUTPUT, Choice
 from router.scheduling.moving import Mover
 from router.scheduling.policy import (
@@ -37,8 +37,10 @@ from router.scheduling.tables import Tables
 MAX_STARTS: Final = 32
 _NO_MATCH: Final[Match] = []
 _NOBODY: Final[Set[str]] = frozenset()
-_MAX_WALK: Final = 64
+_MAX_WALK: Final = 256
 """Who waits for a decode worker behind so many others does not overtake them."""
+_SURE: Final = 4
+"""So many have to find nothing: each looks at some workers only."""
 _FIRST_AND_NEXT: Final = 2
 
 Placed = Literal["started", "waits", "parked"]
@@ -88,40 +90,18 @@ class Placer:
 
     def _serve_waiters(self, group: Group) -> None:
         """Others may overtake those that fit nowhere now: their place may be what these lend. Who
-        needs no less than another that found nothing is not looked at. What is booked for one of
-        them is no reason for an older one to wait."""
+        needs no less than some that found nothing is not looked at."""
         t = self._t
-        walk = list(islice(group.waiters.values(), _MAX_WALK))
-        places = [t.unbook(choice) for choice in walk]
         missed: list[tuple[int, int]] = []
-        for choice, place in zip(walk, places, strict=True):
-            if self._left > 0 and group.decode.order:
-                need = group.decode.context_for(self._all_tokens(choice)), choice.decode_blocks
-                if _may_expire(choice) or not _is_covered(need, missed):
-                    self._pull(choice, group, place)
-                    if choice.id in group.waiters:
-                        missed.append(need)
-            if choice.id in group.waiters:
-                self._book_again(choice, group, place)
-
-    def _book_again(self, choice: Choice, group: Group, place: Reservation | None) -> None:
-        """It waits on. The place that it had stays its own; without one it gets the next at whoever
-        lacks least of it, so that new work does not take that bit by bit."""
-        t = self._t
-        if place is not None and group.decode.has(place.worker):
-            t.book(choice, place.worker)
-            return
-        tokens, blocks = self._all_tokens(choice), choice.decode_blocks
-        fitting = (
-            seat.worker
-            for seat in group.decode.order
-            if tokens < seat.worker.info.capacity.max_context
-        )
-        roomiest = max(
-            fitting, key=lambda worker: _room(worker, blocks, choice.tries.excluded), default=None
-        )
-        if roomiest is not None:
-            t.book(choice, roomiest)
+        for choice in list(islice(group.waiters.values(), _MAX_WALK)):
+            if self._left <= 0 or len(missed) >= MAX_STARTS or not group.decode.order:
+                return
+            tokens = choice.spec.num_prompt_tokens + t.view.num_output(choice.id)
+            need = group.decode.context_for(tokens), choice.pending_blocks
+            if _may_expire(choice) or not _is_covered(need, missed):
+                self._pull(choice, group)
+                if choice.id in group.waiters:
+                    missed.append(need)
 
     def _serve_lonely(self, name: str, model: Model) -> None:
         """Two processes died under each: a worker of its own."""
@@ -181,13 +161,12 @@ class Placer:
         """`tokens`: as if it had no more than these."""
         best: tuple[Pick, Pick | None, Group, Want] | None = None
         for group in groups:
-            if group.decode.is_full:
-                continue
             want = self._want(choice, group, excluded, tokens or self._tokens(choice))
-            self._look_up(choice, group, want)
-            found = self._plan(group, want, local=choice.tries.local)
-            if found is not None and (best is None or found[0].cost < best[0].cost):
-                best = (*found, group, want)
+            if group.has_place(want.decode_blocks):
+                self._look_up(choice, group, want)
+                found = self._plan(group, want, local=choice.tries.local)
+                if found is not None and (best is None or found[0].cost < best[0].cost):
+                    best = (*found, group, want)
         return best
 
     def _lacks_size(self, choice: Choice, groups: list[Group]) -> bool:
@@ -271,7 +250,6 @@ class Placer:
         choice.move("start_prefill", t.now, worker.id)
         t.expect_place(choice, group, want.decode_blocks)
         attempt = t.open(choice, worker, "prefill", there.uncached, want.prefill_blocks)
-        t.book(choice, here.worker)
         t.siblings.started(choice.spec.siblings, attempt.reservation)
         t.out.append(StartPrefill(attempt.id, choice.id, worker.id, worker.incarnation))
 
@@ -302,13 +280,8 @@ class Placer:
         else:
             t.budget.admitted(t.now)
 
-    def _all_tokens(self, choice: Choice) -> int:
-        """The same of one that holds a handle, and has its first token."""
-        return choice.spec.num_prompt_tokens + self._t.view.num_output(choice.id)
-
-    def _pull(self, choice: Choice, group: Group, place: Reservation | None) -> None:
-        """Find a decode worker for a choice that holds a handle, on today's load: perhaps another
-        than the one where it had a place."""
+    def _pull(self, choice: Choice, group: Group) -> None:
+        """Find a decode worker for a choice that holds a handle, on today's load."""
         t = self._t
         lent = choice.lent
         assert lent is not None
@@ -316,17 +289,19 @@ class Placer:
             self._mover.lose_source(choice, "lease_expired")
             return
         tries = choice.tries
+        output = t.view.num_output(choice.id)
+        tokens = choice.spec.num_prompt_tokens + output
         want = Want(
-            self._all_tokens(choice), 0, lent.decode_blocks, group.block_size, tries.excluded,
-            _NO_MATCH, t.limits.num_samples,
+            tokens, 0, lent.decode_blocks, group.block_size, tries.excluded, _NO_MATCH,
+            t.limits.num_samples,
         )  # fmt: skip
-        pick = self._pick_puller(group, want, place)
+        pick = self._pick_puller(group, want)
         if pick is None and tries.excluded:
             if group.decode.all_in(tries.excluded):
                 self._mover.park(choice)
                 return
             want.excluded = _NOBODY
-            pick = self._pick_puller(group, want, place)
+            pick = self._pick_puller(group, want)
             if pick is not None and tries.looks < LOOKS:
                 self._mover.step_aside(choice)
                 return
@@ -351,11 +326,9 @@ class Placer:
         else:
             self._mover.give_back(choice, "too_large")
 
-    def _pick_puller(self, group: Group, want: Want, place: Reservation | None) -> Pick | None:
+    def _pick_puller(self, group: Group, want: Want) -> Pick | None:
         t = self._t
         found = candidates(group.decode, want, t.fleet.by_slot, t.rng, 1)
-        if place is not None and group.decode.has(place.worker):
-            found[place.worker] = None
         return choose_decode(want, found, local=False) or choose_decode(
             want, others(group.decode, want, found), local=False
         )
@@ -366,12 +339,6 @@ def _may_expire(choice: Choice) -> bool:
 
 
 def _is_covered(need: tuple[int, int], missed: list[tuple[int, int]]) -> bool:
-    """Whether another that needs no more found nothing: a context, and blocks."""
-    return any(need[0] >= context and need[1] >= blocks for context, blocks in missed)
-
-
-def _room(worker: Worker, blocks: int, excluded: Set[str]) -> tuple[bool, int]:
-    """How good it is to wait for so many blocks there; the largest is best."""
-    capacity = worker.info.capacity
-    taken = worker.blocks + worker.foreign_blocks
-    return worker.incarnation not in excluded, capacity.num_blocks - taken - blocks
+    """Whether enough others that need no more, of context and blocks, found nothing."""
+    found = (need[0] >= context and need[1] >= blocks for context, blocks in missed)
+    return sum(found) >= _SURE

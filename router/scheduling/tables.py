@@ -99,7 +99,6 @@ class Tables:
         self.num_waiters = 0
         """Choices that stand in the `waiters` of any group."""
         self._next_attempt = first_attempt
-        self._last_booked = -first_attempt
         self._ended: OrderedDict[str, Past] = OrderedDict()
 
     def set_time(self, now: float) -> None:
@@ -223,24 +222,11 @@ class Tables:
     # -- waiting for a decode place
 
     def expect_place(self, choice: Choice, group: Group, blocks: int) -> None:
-        """From now on until it pulls it wants a decode worker of this group."""
+        """Admitted to prefill: it counts against the group's decode places."""
         choice.group = group
-        choice.decode_blocks = blocks
+        choice.pending_blocks = blocks
         group.num_pending += 1
-
-    def book(self, choice: Choice, worker: Worker) -> None:
-        """Nobody who comes later shall have its place at this worker."""
-        blocks = min(choice.decode_blocks, worker.info.capacity.num_blocks)
-        self._last_booked -= 1  # no attempt has such a number
-        choice.booked = Reservation(self._last_booked, worker, "booked", 0, blocks)
-        self.fleet.charge(choice.booked)
-
-    def unbook(self, choice: Choice) -> Reservation | None:
-        """It takes a place now, or does not want one any more."""
-        booked, choice.booked = choice.booked, None
-        if booked is not None:
-            self.fleet.free(booked)
-        return booked
+        group.pending_blocks += blocks
 
     def wait(self, choice: Choice) -> None:
         """It wants a decode worker of its group as soon as there is a place."""
@@ -262,11 +248,9 @@ class Tables:
         if group is None:
             return
         self.stop_waiting(choice)
-        booked = self.unbook(choice)
-        if booked is not None:
-            self.dirty.add(booked.worker.info.model)  # it may serve another one by now
         choice.group = None
         group.num_pending -= 1
+        group.pending_blocks -= choice.pending_blocks
         self.fleet.drop_if_empty(group)
         self.dirty.add(group.model)
 
@@ -321,7 +305,6 @@ class Tables:
         reservations = {id(a.reservation) for a in self.attempts.values()} | {
             id(c.lent.reservation) for c in self.choices.values() if c.lent is not None
         }
-        reservations |= {id(c.booked) for c in self.choices.values() if c.booked is not None}
         attempts: dict[int, Attempt] = {}
         for worker in self.fleet.workers.values():
             attempts |= worker.attempts
@@ -344,7 +327,8 @@ class Tables:
                 pending = [c for c in self.choices.values() if c.group is group]
                 waiting = {c.id for c in pending if c.state == "decode_wait"}
                 waiting -= self.admission.parked.keys()
-                if (len(pending), waiting) != (group.num_pending, set(group.waiters)):
+                counted = (len(pending), sum(c.pending_blocks for c in pending), waiting)
+                if counted != (group.num_pending, group.pending_blocks, set(group.waiters)):
                     raise LocalError(f"{group.model}: waiting for decode does not add up")
         for choice, worker in self.claims.items():
             if choice not in self.choices or worker.claim != choice:
@@ -357,7 +341,6 @@ def _validate_choice(choice: Choice) -> None:
         (choice.decode is not None) == (state in ("transferring", "local", "decoding"))
         and (choice.lent is not None) == (state in ("decode_wait", "transferring"))
         and (choice.group is not None) == (state in ("prefilling", "decode_wait"))
-        and (choice.booked is None or choice.group is not None)
         and (choice.prefill is not None or state != "prefilling")
         and (choice.prefill is None or state not in ("queued", "local"))
         and (choice.timer.due is not None) == (state in ("queued", "decode_wait"))

@@ -166,7 +166,7 @@ def test_books_that_do_not_agree_are_found() -> None:
     for spoil in (
         "worker.tokens += 1",
         "worker.live = False",
-        "worker.seats[0].pool.contexts[8192] += 1",
+        "worker.seats[0].pool.running += 1",
         "worker.seats[0].position = 3",
         "worker.seats[0].pool.order.clear()",
         "worker.seats[0].pool.members['x'] = worker.seats[0]",
