@@ -1,9 +1,9 @@
 """Server-sent events straight to the socket: the one place that writes past aiohttp.
 
-Up to the first chunk nothing is sent, so that an error keeps its HTTP status. The head and the
-first chunks go through aiohttp's `write`; from then on every chunk is framed here and given to
-`request.transport`, so that a token wakes no task. The end goes through `write_eof` again. Nothing
-is ever compressed.
+Up to the first chunk nothing is sent, so that an error keeps its HTTP status. The head goes with
+the first chunks through aiohttp's `write`; from then on every chunk is framed here and given to
+`request.transport`, so that a token wakes no task. The end goes through `write_eof` again, with
+the last chunks. Nothing is ever compressed.
 
 `transport.write` never pushes back, so the reader's pace is checked at each write: above
 `HIGH_BYTES` chunks are held and joined. A client that takes nothing for `stall_s`, or lets more
@@ -44,6 +44,13 @@ SSE_HEADERS: Final = {
 }
 
 
+class _Response(web.StreamResponse):
+    """Its head waits for the first chunk and shares a write with it, as that of an answer in a
+    piece does. An aiohttp that does not know this name sends the head alone."""
+
+    _send_headers_immediately = False
+
+
 class SseWriter:
     """A `ChunkWriter` over one HTTP response.
 
@@ -76,14 +83,22 @@ class SseWriter:
     # --- the sink's side ---
 
     def write(self, chunk: bytes) -> None:
-        self.send(b"data: " + chunk + b"\n\n")
+        """Goes at the end of this turn of the loop, for the last chunk is followed by the end: a
+        write is a system call here and one at the client."""
+        data = b"data: " + chunk + b"\n\n"
+        transport = self._transport
+        if transport is None or self._held or transport.is_closing():
+            self.send(data)
+        else:
+            self._hold(data)
+            self._loop.call_soon(self._flush)
 
     def splice(self, before: bytes, after: bytes) -> Callable[[bytes], None]:
         return _Splice(self, b"data: " + before, after + b"\n\n").write
 
     def fail(self, error: ClientError) -> None:
         if self._prepared or self._ready.is_set():
-            self.send(b"data: " + error_json(error, self._request_id) + b"\n\n")
+            self.write(error_json(error, self._request_id))
         else:
             self._error = error
         self.finish()
@@ -142,6 +157,21 @@ class SseWriter:
     def _let_go(self) -> None:
         self._held.clear()
         self._held_bytes = 0
+
+    def _flush(self) -> None:
+        """What `write` held back, unless the end takes it along."""
+        transport = self._transport
+        if (
+            transport is None
+            or transport.is_closing()
+            or self._finished.is_set()
+            or not self._held  # an empty chunk would be the end
+        ):
+            return
+        if transport.get_write_buffer_size() > HIGH_BYTES:
+            self._start_sweep(transport)
+        else:
+            transport.write(self._framed(self._take()))
 
     def _start_sweep(self, transport: asyncio.Transport) -> None:
         self._smallest = _untaken(transport)
@@ -225,7 +255,7 @@ class SseWriter:
     async def _prepare(
         self, request: web.Request, headers: Mapping[str, str]
     ) -> web.StreamResponse:
-        response = web.StreamResponse(headers={**SSE_HEADERS, **headers})
+        response = _Response(headers={**SSE_HEADERS, **headers})
         self._chunked = request.version >= (1, 1)
         if self._chunked:
             response.enable_chunked_encoding()

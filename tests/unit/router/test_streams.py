@@ -216,6 +216,54 @@ async def test_a_stream_that_is_over_before_it_began(act: Ends, expected: list[b
         assert events_of(await world.read_all()) == expected
 
 
+async def test_the_head_goes_with_the_first_chunk_and_the_end_with_the_last(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sent: list[bytes] = []
+    for name in ("send", "sendmsg"):
+        system = getattr(socket.socket, name)
+
+        def call(self: socket.socket, data: Any, *, system: Any = system) -> Any:
+            sent.append(data)
+            return system(self, data)
+
+        monkeypatch.setattr(socket.socket, name, call)
+    async with streaming() as world:
+        sent.clear()
+        world.writer.write(b"1")
+        answer = await world.read()
+        splice = world.writer.splice(b"<", b">")
+        splice(b"2")
+        answer += await world.read()
+        world.writer.write(b"3")
+        world.writer.write(b"usage")
+        world.writer.finish()
+        answer += await world.read_all()
+        assert [event.removeprefix(b"data: ") for event in events_of(answer)] == [
+            *(b"1", b"<2>", b"3", b"usage", b"[DONE]")
+        ]
+    assert len(sent) == 3
+
+
+async def test_what_waits_for_the_end_of_the_turn_keeps_its_place() -> None:
+    """Choices of one request are in one frame: one ends, the others go on."""
+    async with streaming() as world:
+        world.writer.write(b"1")
+        answer = await world.read()
+        splice = world.writer.splice(b"<", b">")
+        for rounds in (1, 2):
+            splice(b"2")
+            world.writer.write(b"3")
+            splice(b"4")
+            world.writer.write(b"5")
+            while answer.count(b"data: 5") < rounds:  # there before the end
+                answer += await world.read()
+        world.writer.finish()
+        answer += await world.read_all()
+    events = [event.removeprefix(b"data: ") for event in events_of(answer)]
+    assert events == [b"1", *([b"<2>", b"3", b"<4>", b"5"] * 2), b"[DONE]"]
+
+
 async def test_an_error_before_the_first_byte_is_raised() -> None:
     async with streaming() as world:
         world.writer.fail(TOO_LATE)
